@@ -1,0 +1,41 @@
+"""The errors of the files-and-jobs side, each with the exit code that the command line gives.
+
+The ops raise plain ``TypeError`` and ``ValueError`` (see ``checks``). Everything that touches a
+file or runs a job raises one of these, so that one place maps them to an exit code and a sentence.
+"""
+
+
+class TailorError(Exception):
+    """Base of the errors that end a job with one sentence and an exit code."""
+
+    exit_code = 1
+
+
+class UsageError(TailorError):
+    """The request contradicts itself or cannot be carried out as asked (exit 2)."""
+
+    exit_code = 2
+
+
+class InputError(TailorError):
+    """An input file is missing, malformed or does not fit the others (exit 65)."""
+
+    exit_code = 65
+
+
+class OutputError(TailorError):
+    """The output cannot be made: it exists, is locked or may not be written (exit 73)."""
+
+    exit_code = 73
+
+
+class StorageError(TailorError):
+    """Reading or writing failed half way: I/O error, disk full (exit 74)."""
+
+    exit_code = 74
+
+
+class StoppedError(TailorError):
+    """Stopped on request at a point from which the job can be resumed (exit 75)."""
+
+    exit_code = 75
