@@ -1,0 +1,159 @@
+"""``patch_checkpoint``: two checkpoints on disk in, one out, shard by shard in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from tailor_fast.patching.picture import draw_report
+from tailor_fast.patching.progress import Progress
+
+from tailor_fast._version import __version__
+from tailor_fast.checkpoint import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    REPORT_NAME,
+    StagedCheckpoint,
+    build_manifest,
+    input_record,
+    model_card,
+    read_license,
+)
+from tailor_fast.patching.job import Job, PathLike, RunOptions
+from tailor_fast.patching.plan import PatchPlan
+from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.report import Report
+from tailor_fast.patching.sources import BLOCK_BYTES, Sources
+from tailor_fast.patching.streamed import StreamedWeights
+
+PICTURE_NAME = "tailor_report.png"
+_VERSIONED = ("torch", "transformers", "safetensors", "numpy")
+
+
+def patch_checkpoint(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    recipe: Recipe | None = None,
+    *,
+    calibration: PathLike | None = None,
+    retain: PathLike | None = None,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Patch ``base`` with the best part of ``tuned`` and write the model to ``out``.
+
+    One block of each model is in memory at a time. ``out`` is absent, or its old self, until it is
+    complete.
+
+    Args:
+        base: checkpoint before fine-tuning: a model directory or one ``.safetensors`` file.
+        tuned: the same after fine-tuning.
+        out: directory to make.
+        recipe: every choice of the method; None takes the defaults.
+        calibration: samples of the new task, JSON lines (``tailor_fast.models.inputs``). None
+            selects by salience alone and decorates nothing.
+        retain: samples of old tasks, likewise.
+        options: device, memory and the like.
+        progress: told about each step.
+
+    Returns:
+        The report that is also written to ``out``.
+
+    Raises:
+        InputError: a file is missing, malformed, or does not fit the others.
+        UsageError: the recipe and the data at hand contradict each other.
+        OutputError: ``out`` exists, is locked, or may not be written.
+        StorageError: reading or writing failed half way.
+    """
+    job = Job.make(base, tuned, recipe, calibration, retain, options, progress)
+    start = time.perf_counter()
+    with job.opened() as (sources, layout):
+        inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
+        with StagedCheckpoint(
+            out, layout, overwrite=job.options.overwrite, inputs=inputs
+        ) as staged:
+            weights = job.run(sources, staged, Path(out))
+            buffer = bytearray(BLOCK_BYTES)
+            _copy_untouched(sources, weights, job.recipe, buffer)
+            job.report.seconds["total"] = time.perf_counter() - start
+            _finish(sources, staged, job, (Path(base), Path(tuned)), buffer)
+            staged.commit()
+    job.progress.finish()
+    return job.report
+
+
+def plan_patch(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    recipe: Recipe | None = None,
+    *,
+    calibration: PathLike | None = None,
+    retain: PathLike | None = None,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> PatchPlan:
+    """Say what ``patch_checkpoint`` would do with the same arguments; no weight is read.
+
+    Raises:
+        TailorError: what the run would refuse, as far as headers and data show it.
+    """
+    job = Job.make(base, tuned, recipe, calibration, retain, options, progress)
+    with job.opened() as (sources, layout):
+        inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
+        StagedCheckpoint.check(out, layout, overwrite=job.options.overwrite, inputs=inputs)
+        plan = job.plan(sources, layout)
+        job.check_memory(plan)
+        return plan
+
+
+def _copy_untouched(
+    sources: Sources, weights: StreamedWeights, recipe: Recipe, buffer: bytearray
+) -> None:
+    """Copy every tensor that was not patched, as bytes, block by block."""
+    layers = {layer.tensor for layer in sources.layers}
+    for name in sources.tuned.checkpoint.tensors:
+        if name in weights.written:
+            continue
+        from_base = name in layers or recipe.untouched == "base"
+        source = sources.base if from_base else sources.tuned
+        for begin, block in source.blocks(name, buffer):
+            weights.staged.write(name, begin, block)
+
+
+def _finish(
+    sources: Sources,
+    staged: StagedCheckpoint,
+    job: Job,
+    names: tuple[Path, Path],
+    buffer: bytearray,
+) -> None:
+    """Add everything that is not a weight: side files, report, picture, card, manifest."""
+    tuned = sources.tuned.checkpoint
+    for path in tuned.side_files:
+        staged.copy_file(path)
+    report = job.report.to_dict()
+    staged.add_file(REPORT_NAME, json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
+    staged.add_file(PICTURE_NAME, draw_report(report))
+    kept = {row.tensor: (row.kept, row.rows * row.cols) for row in job.report.linears}
+    card = model_card(
+        title=staged.out.name,
+        base_models=[str(name) for name in names],
+        recipe=job.recipe.model_dump(),
+        kept=kept,
+        license=None if tuned.directory is None else read_license(tuned.directory),
+    )
+    staged.add_file(CARD_NAME, card)
+    inputs = {
+        "base": input_record(sources.base.checkpoint, sources.base.finish(buffer)),
+        "tuned": input_record(tuned, sources.tuned.finish(buffer)),
+    }
+    versions = {"tailor_fast": __version__, **{name: version(name) for name in _VERSIONED}}
+    recipe = job.recipe.model_dump()
+    manifest = build_manifest(
+        inputs=inputs, output=staged.record(), recipe=recipe, versions=versions
+    )
+    staged.add_file(MANIFEST_NAME, manifest)

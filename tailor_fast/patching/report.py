@@ -1,0 +1,71 @@
+"""What a run did, layer by layer; written beside the output as ``tailor_report.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LinearReport:
+    """One patched layer.
+
+    Losses are the damped objective of equation (6) summed over the rows: with the patch, with the
+    bare mask, and with everything reverted to base. They are None where no statistics were used.
+    """
+
+    name: str  # module
+    rows: int
+    cols: int
+    kept: int
+    tensor: str = ""  # name in the file, where there is one
+    group: tuple[str, ...] = ()
+    loss: float | None = None
+    loss_undecorated: float | None = None
+    loss_reverted: float | None = None
+    damping: float | None = None
+    retain_scale: float | None = None
+    iterations: int | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def density(self) -> float:
+        """Share of the layer's weights that was kept."""
+        return self.kept / max(1, self.rows * self.cols)
+
+
+@dataclass
+class Report:
+    """A whole run: the recipe, each layer, seconds per stage, and what was done differently."""
+
+    recipe: dict[str, Any]
+    linears: list[LinearReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def targeted(self) -> int:
+        """Weights in the patched layers."""
+        return sum(linear.rows * linear.cols for linear in self.linears)
+
+    @property
+    def kept(self) -> int:
+        """Weights whose value may differ from base."""
+        return sum(linear.kept for linear in self.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        body = asdict(self)
+        for row, linear in zip(body["linears"], self.linears, strict=True):
+            row["density"] = linear.density
+        body["targeted"] = self.targeted
+        body["kept"] = self.kept
+        body["density"] = self.kept / max(1, self.targeted)
+        return body
+
+    def to_json(self) -> str:
+        """Deterministic JSON text but for the seconds."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -1,0 +1,72 @@
+"""The score vector ``c [cols]`` of each sensitivity, from the statistics of one input group."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from tailor_fast._core.errors import InputError
+from tailor_fast.patching.equations import damping_of
+from tailor_fast.patching.statistics import Moments
+
+_log = logging.getLogger("tailor_fast")
+
+
+def column_weight(
+    sensitivity: str, new: Moments, old: Moments | None, percdamp: float, where: str
+) -> torch.Tensor:
+    """Return ``c``, fp32 ``[cols]`` (table in section 2 of the design).
+
+    Args:
+        sensitivity: ``obs``, ``diag``, ``ratio`` or ``weight``.
+        new: moments of the new task.
+        old: moments of old tasks; needed by ``ratio``.
+        percdamp: λ as a share of the mean diagonal.
+        where: the group's name, for messages.
+
+    Raises:
+        InputError: the damped Gram cannot be factored.
+        ValueError: ``ratio`` without old-task moments.
+    """
+    diag = new.gram.diagonal()
+    if sensitivity == "diag":
+        return diag.sqrt()
+    damping = damping_of(new.gram, percdamp)
+    if sensitivity == "ratio":
+        if old is None:
+            raise ValueError("column_weight: old must be given for sensitivity 'ratio'; got None")
+        old_damping = damping_of(old.gram, percdamp)
+        return ((diag + damping) / (old.gram.diagonal() + old_damping)).sqrt()
+    if sensitivity == "weight":
+        # U = chol(H⁻¹, upper) has U_jj = 1 / R_jj with R = J chol(J H J) J: no inverse is formed.
+        flipped = _cholesky(new.gram.flip(0, 1), damping, where)
+        diagonal: torch.Tensor = flipped.diagonal().flip(0)
+        return diagonal.square().float()
+    factor = _cholesky(new.gram, damping, where)
+    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    diagonal = inverse.square_().sum(0)
+    return diagonal.reciprocal_().float()
+
+
+def _cholesky(gram: torch.Tensor, damping: float, where: str) -> torch.Tensor:
+    """Lower factor of ``gram + λI``: in fp32, else in fp64, else with λ up to ten times larger."""
+    for dtype, scale in ((torch.float32, 1.0), (torch.float64, 1.0), (torch.float64, 10.0)):
+        damped = gram.to(dtype, copy=True)
+        damped.diagonal().add_(damping * scale)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            factor: torch.Tensor = lower
+            return factor
+        _log.warning(
+            "%s: Cholesky failed at column %d in %s with damping %.3e",
+            where,
+            int(info) - 1,
+            str(dtype).removeprefix("torch."),
+            damping * scale,
+        )
+    raise InputError(
+        f"{where}: its Gram is not positive definite even with ten times the damping; expected more"
+        " calibration tokens, or a larger percdamp"
+    )

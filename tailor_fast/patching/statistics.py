@@ -1,0 +1,143 @@
+"""Second moments of one input group, accumulated batch by batch from two paired streams.
+
+The *target* stream is what the layer should answer like (tuned model on the new task, base model on
+old tasks); the *actual* stream is what the patched layer will see. Where the two are bit-equal, no
+difference is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tailor_fast._core.errors import InputError
+from tailor_fast.ops.gram import (
+    accumulate_cross_gram_,
+    accumulate_gram_,
+    accumulate_gram_diag_,
+)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over the counted tokens of a group's inputs; ``x`` actual, ``δ`` target minus actual.
+
+    Attributes:
+        gram: mean ``x xᵀ``, fp32 ``[cols, cols]``.
+        mean: mean ``x``, fp32 ``[cols]``.
+        target_diag: diagonal of the target stream's Gram, fp32 ``[cols]``.
+        cross: mean ``δ xᵀ``, fp32 ``[cols, cols]``; None while ``δ`` is zero.
+        error_gram: mean ``δ δᵀ``, fp32 ``[cols, cols]``; None while ``δ`` is zero.
+        error_mean: mean ``δ``, fp32 ``[cols]``; None while ``δ`` is zero.
+        tokens: how many tokens were counted.
+    """
+
+    gram: torch.Tensor
+    mean: torch.Tensor
+    target_diag: torch.Tensor
+    cross: torch.Tensor | None
+    error_gram: torch.Tensor | None
+    error_mean: torch.Tensor | None
+    tokens: int
+
+
+@dataclass
+class _Sums:
+    """First and second sums over tokens, fp32."""
+
+    gram: torch.Tensor  # [cols, cols]
+    total: torch.Tensor  # [cols]
+
+    @classmethod
+    def like(cls, x: torch.Tensor) -> _Sums:
+        cols = x.shape[1]
+        return cls(
+            x.new_zeros((cols, cols), dtype=torch.float32), x.new_zeros(cols, dtype=torch.float32)
+        )
+
+    def add(self, x: torch.Tensor) -> None:
+        accumulate_gram_(self.gram, x)
+        self.total += x.sum(0, dtype=torch.float32)
+
+
+class MomentSums:
+    """Sums behind ``Moments``; one object per group and data set."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tokens = 0
+        self._inputs: _Sums | None = None
+        self._target_diag: torch.Tensor | None = None
+        self._errors: _Sums | None = None
+        self._cross: torch.Tensor | None = None
+
+    def add(
+        self,
+        actual: torch.Tensor,
+        target: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        where: str,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            actual: ``[..., cols]``, inputs as the patched layer sees them.
+            target: the same tokens in the target stream; None when the streams are one.
+            token_mask: bool ``[tokens]``, True where a token counts; None counts all.
+            where: batch's name, for messages.
+
+        Raises:
+            InputError: an activation is not finite, or the two streams differ in shape.
+        """
+        x = self._tokens_of(actual, where)
+        if self._inputs is None or self._target_diag is None:
+            self._inputs = _Sums.like(x)
+            self._target_diag = x.new_zeros(x.shape[1], dtype=torch.float32)
+        counted = x if token_mask is None else x[token_mask]
+        self._tokens += counted.shape[0]
+        self._inputs.add(counted)
+        if target is None or torch.equal(target, actual):
+            accumulate_gram_diag_(self._target_diag, counted)
+            return
+        other = self._tokens_of(target, where)
+        if other.shape != x.shape:
+            raise InputError(
+                f"{self._name}: {where} gives {list(other.shape)} tokens in one model and"
+                f" {list(x.shape)} in the other; expected the same"
+            )
+        other = other if token_mask is None else other[token_mask]
+        accumulate_gram_diag_(self._target_diag, other)
+        error = other.float() - counted.float()
+        if self._errors is None or self._cross is None:
+            self._errors = _Sums.like(x)
+            self._cross = torch.zeros_like(self._errors.gram)
+        self._errors.add(error)
+        accumulate_cross_gram_(self._cross, error, counted)
+
+    def finish(self) -> Moments | None:
+        """Turn the sums into means, in place; None when no token was counted."""
+        if self._tokens == 0 or self._inputs is None or self._target_diag is None:
+            return None
+        inputs, errors, tokens = self._inputs, self._errors, self._tokens
+        return Moments(
+            gram=inputs.gram.div_(tokens),
+            mean=inputs.total.div_(tokens),
+            target_diag=self._target_diag.div_(tokens),
+            cross=None if self._cross is None else self._cross.div_(tokens),
+            error_gram=None if errors is None else errors.gram.div_(tokens),
+            error_mean=None if errors is None else errors.total.div_(tokens),
+            tokens=tokens,
+        )
+
+    def _tokens_of(self, x: torch.Tensor, where: str) -> torch.Tensor:
+        tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        if not bool(torch.isfinite(tokens.sum(dtype=torch.float32))):
+            finite = torch.isfinite(tokens).all(1)
+            if not bool(finite.all()):
+                first = int((~finite).nonzero()[0])
+                raise InputError(
+                    f"{self._name}: the input in {where} is not finite at token {first}; expected"
+                    " finite activations; look for overflow in the model's dtype"
+                )
+        return tokens

@@ -1,0 +1,284 @@
+"""``tailor_model``: two models in memory, batches of data, a patched model back."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tailor_fast._core.errors import UsageError
+from tailor_fast.models import Target, caller, find_targets, pair_parameters, weight_view
+from tailor_fast.ops.codec import EncodedPatch, encode_patch
+from tailor_fast.patching.engine import Engine, Progress, Streams, units_of
+from tailor_fast.patching.groups import discover
+from tailor_fast.patching.lockstep import Batch, Stream
+from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.report import Report
+from tailor_fast.patching.solving import GroupInputs, LayerPair, Masks, solve_layer
+
+
+@dataclass(frozen=True)
+class Tailored:
+    """What ``tailor_model`` returns.
+
+    Attributes:
+        model: the patched model, a new module on the base model's device.
+        patch: what changed against the base model, by parameter name; ``apply_patch_`` on a base
+            parameter gives the patched one and back.
+        report: what was done, layer by layer.
+    """
+
+    model: nn.Module
+    patch: dict[str, EncodedPatch]
+    report: Report
+
+
+def tailor_model(
+    base_model: nn.Module,
+    tuned_model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    recipe: Recipe | None = None,
+    *,
+    retain_batches: Iterable[Batch] | None = None,
+    progress: Progress | None = None,
+) -> Tailored:
+    """Repair a fine-tuned model's forgetting: a sparse, decorated patch on the base model.
+
+    Every Linear and Conv1D weight that differs between the two models keeps at most
+    ``recipe.density`` of its tuned values, adjusted so that each layer still answers like the tuned
+    one; every other word is the base model's (Zhu et al., ICML 2024, arXiv 2402.12048; the exact
+    solve is equation (6) of DESIGN.md).
+
+    Args:
+        base_model: the model before fine-tuning; unchanged.
+        tuned_model: the same architecture after fine-tuning; unchanged.
+        batches: samples of the new task as the model takes them: mappings of keyword arguments,
+            sequences of positional ones, or one tensor each. An ``attention_mask`` keeps padding
+            out of the statistics. None selects by salience alone and decorates nothing.
+        recipe: every choice of the method; None takes the defaults.
+        retain_batches: samples of old tasks, whose answers by the base model are held on to with
+            weight ``recipe.retain_weight``.
+        progress: called with (group, groups done, groups in all).
+
+    Returns:
+        ``Tailored(model, patch, report)``.
+
+    Raises:
+        InputError: the two models do not match, or activations are not finite.
+        UsageError: the recipe needs data that was not given, or has no use for data that was.
+    """
+    recipe = recipe or Recipe()
+    report = Report(recipe.model_dump())
+    new = None if batches is None else _listed("batches", batches)
+    old = None if retain_batches is None else _listed("retain_batches", retain_batches)
+    recipe = resolve(recipe, new is not None, old is not None, report)
+    start = time.perf_counter()
+    pairs = list(pair_parameters(base_model, tuned_model))
+    targets = changed_targets(base_model, tuned_model, recipe, report)
+    with torch.no_grad():
+        patched = copy.deepcopy(base_model)
+        if recipe.untouched == "tuned":
+            _copy_untouched(patched, tuned_model, targets)
+        weights = ModelWeights(base_model, tuned_model, patched)
+        if new is None:
+            _without_data(weights, targets, recipe, report)
+        else:
+            models = (base_model, tuned_model, patched)
+            _with_data(weights, targets, recipe, report, models, (new, old), progress)
+        after = dict(patched.named_parameters())
+        patch = {
+            name: encode_patch(parameter.detach(), after[name].detach())
+            for name, parameter, _ in pairs
+            if not torch.equal(_words(parameter), _words(after[name]))
+        }
+    report.seconds["total"] = time.perf_counter() - start
+    return Tailored(patched, patch, report)
+
+
+def resolve(recipe: Recipe, has_new: bool, has_old: bool, report: Report) -> Recipe:
+    """Return the recipe as it will be run with the data at hand; say what changed.
+
+    Raises:
+        UsageError: the recipe asks for what the data cannot give, or the data has no use.
+    """
+    if not has_new:
+        if has_old:
+            raise UsageError(
+                "old-task data is given without data of the new task; expected both; give"
+                " calibration data"
+            )
+        explicit = {"sensitivity", "propagate"} & recipe.model_fields_set
+        if recipe.decorate in ("obs", "official") or explicit:
+            what = "decorate" if recipe.decorate in ("obs", "official") else sorted(explicit)[0]
+            raise UsageError(
+                f"{what} {getattr(recipe, what)!r} needs data of the new task; got none; give"
+                " calibration data"
+            )
+        report.notes.append("no data: salience only, nothing decorated")
+        return recipe.model_copy(
+            update={"salience_weight": 1.0, "decorate": "none", "propagate": "none"}
+        )
+    if recipe.sensitivity == "ratio" and not has_old:
+        raise UsageError(
+            "sensitivity 'ratio' compares with old tasks; got no old-task data; give retain data"
+        )
+    if has_old and recipe.decorate != "exact" and recipe.sensitivity != "ratio":
+        raise UsageError(
+            f"decorate {recipe.decorate!r} has no retention term; got old-task data; leave it out,"
+            " or use decorate 'exact'"
+        )
+    if recipe.propagate == "asymmetric" and recipe.decorate != "exact":
+        report.notes.append(
+            f"propagate 'asymmetric' is 'sequential' for decorate {recipe.decorate!r}: it uses one"
+            " Gram only"
+        )
+    return recipe
+
+
+def changed_targets(
+    base: nn.Module, tuned: nn.Module, recipe: Recipe, report: Report
+) -> dict[str, Target]:
+    """The layers to patch: those that the recipe names and whose weight differs.
+
+    Raises:
+        UsageError: the recipe's patterns leave no layer at all.
+    """
+    modules = dict(tuned.named_modules())
+    originals = dict(base.named_modules())
+    named = find_targets(tuned, recipe.selects)
+    if not named:
+        raise UsageError(
+            "no layer to patch: the model has no Linear or Conv1D layer that `targets` and"
+            " `ignore` leave"
+        )
+    changed = {
+        target.name: target
+        for target in named
+        if not torch.equal(
+            weight_view(originals[target.name], target.transposed),
+            weight_view(modules[target.name], target.transposed),
+        )
+    }
+    same = len(named) - len(changed)
+    if same:
+        report.notes.append(f"{same} of {len(named)} layers are equal in both models: left as is")
+    return changed
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """``Weights`` of three models in memory."""
+
+    base: nn.Module
+    tuned: nn.Module
+    patched: nn.Module
+
+    def pair(self, target: Target) -> LayerPair:
+        """Return the layer's tensors in the base and the tuned model."""
+        ours = self.base.get_submodule(target.name)
+        theirs = self.tuned.get_submodule(target.name)
+        return LayerPair(
+            weight_view(ours, target.transposed).contiguous(),
+            weight_view(theirs, target.transposed).contiguous(),
+            _bias(ours),
+            _bias(theirs),
+        )
+
+    def install(self, target: Target, weight: torch.Tensor) -> None:
+        """Write ``weight`` ``[rows, cols]`` into the patched model."""
+        weight_view(self.patched.get_submodule(target.name), target.transposed).copy_(weight)
+
+    def preview(self, target: Target) -> None:
+        """Write the tuned weight into the patched model."""
+        theirs = weight_view(self.tuned.get_submodule(target.name), target.transposed)
+        weight_view(self.patched.get_submodule(target.name), target.transposed).copy_(theirs)
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None
+
+
+def _listed(name: str, batches: Iterable[Batch]) -> list[Batch]:
+    listed = list(batches)
+    if not listed:
+        raise UsageError(f"{name} is empty; expected at least one batch, or None for no data")
+    return listed
+
+
+def _copy_untouched(patched: nn.Module, tuned: nn.Module, targets: Mapping[str, Target]) -> None:
+    patchable = {id(patched.get_submodule(name).weight) for name in targets}
+    state = dict(tuned.named_parameters()) | dict(tuned.named_buffers())
+    for name, tensor in (*patched.named_parameters(), *patched.named_buffers()):
+        if id(tensor) not in patchable:
+            tensor.copy_(state[name])
+
+
+def _without_data(
+    weights: ModelWeights, targets: Mapping[str, Target], recipe: Recipe, report: Report
+) -> None:
+    masks = Masks(recipe, units_of(recipe, weights.tuned, targets))
+    if masks.needs_scores_first:
+        for name in targets:
+            masks.add(name, None)
+        masks.observe_all(targets, weights)
+    for name, target in targets.items():
+        inputs = GroupInputs((name,), None, None, None)
+        weight, row = solve_layer(target, weights.pair(target), inputs, masks, recipe)
+        weights.install(target, weight)
+        report.linears.append(row)
+
+
+def _with_data(
+    weights: ModelWeights,
+    targets: Mapping[str, Target],
+    recipe: Recipe,
+    report: Report,
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    data: tuple[list[Batch], list[Batch] | None],
+    progress: Progress | None,
+) -> None:
+    tuned = models[1]
+    streams = make_streams(recipe, models, data, caller(tuned))
+    groups = discover(streams.tuned, targets)
+    engine = Engine(recipe, weights, targets, groups, streams, report)
+    if progress is not None:
+        engine.progress = progress
+    engine.run()
+
+
+def make_streams(
+    recipe: Recipe,
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    data: tuple[list[Batch], list[Batch] | None],
+    call: Callable[[nn.Module, Batch], object],
+) -> Streams:
+    """The streams that a recipe needs.
+
+    Args:
+        recipe: as resolved.
+        models: base, tuned, patched.
+        data: batches of the new task, and of old tasks or None.
+        call: how a model is called on a batch.
+    """
+    base, tuned, patched = models
+    new, old = data
+    propagates = recipe.propagate != "none"
+    exact = recipe.decorate == "exact"
+    return Streams(
+        Stream("tuned/new", tuned, new, call),
+        Stream("patched/new", patched, new, call) if propagates else None,
+        recipe.propagate == "asymmetric" and exact,
+        None if old is None else Stream("base/old", base, old, call),
+        Stream("patched/old", patched, old, call)
+        if old is not None and propagates and exact
+        else None,
+    )
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
