@@ -14,7 +14,8 @@ from tailor_fast.patching.progress import Progress, Silent
 from tailor_fast._core.errors import UsageError
 from tailor_fast.checkpoint import Layout, StagedCheckpoint, plan_layout
 from tailor_fast.models import caller
-from tailor_fast.models.inputs import load_processor, make_batches, read_samples
+from tailor_fast.models.inputs import load_processor, make_batches
+from tailor_fast.models.samples import read_samples
 from tailor_fast.patching.engine import Engine, units_of
 from tailor_fast.patching.groups import discover
 from tailor_fast.patching.lockstep import Batch
@@ -166,8 +167,8 @@ class Job:
         if self.recipe.propagate != "none":
             weights.patched = StreamedModel(sources, self._patched_source(sources), device)
         patched = weights.patched
-        new = self._batches(self.calibration, run_dtype(tuned.model), device)
-        old = self._batches(self.retain, run_dtype(tuned.model), device)
+        new = self._batches(self.calibration, tuned, device)
+        old = self._batches(self.retain, tuned, device)
         models = (
             tuned.model if base is None else base.model,
             tuned.model,
@@ -192,7 +193,7 @@ class Job:
         return sources.base if self.recipe.untouched == "base" else sources.tuned
 
     def _batches(
-        self, path: Path | None, dtype: torch.dtype, device: torch.device
+        self, path: Path | None, model: StreamedModel, device: torch.device
     ) -> list[Batch] | None:
         if path is None:
             return None
@@ -208,7 +209,8 @@ class Job:
             load_processor(self.tuned),
             batch_size=options.batch_size,
             max_length=options.max_length,
-            dtype=dtype,
+            dtype=run_dtype(model.model),
+            config=model.model.config,
         )
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 

@@ -109,8 +109,9 @@ class Lockstep:
         self._hub = getcurrent()
         self._current: Lane | None = None
         self._exit = ExitStack()
-        device = next((p.device.type for s in streams for p in s.model.parameters()), "cpu")
-        self._device_type = device
+        tensors = (t for s in streams for t in (*s.model.parameters(), *s.model.buffers()))
+        kinds = (tensor.device.type for tensor in tensors)
+        self._device_type = next((kind for kind in kinds if kind != "meta"), "cpu")
 
     def __enter__(self) -> Lockstep:
         with ExitStack() as stack:

@@ -8,6 +8,7 @@ fixed cycle, so the lane that stopped last is the one needed last: it is the one
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator
@@ -135,7 +136,8 @@ class ActivationSpill:
     def _transfer(self, storage: torch.UntypedStorage, offset: int, *, write: bool) -> None:
         words = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         host = words if words.device.type == "cpu" else words.cpu()
-        view = memoryview(host.numpy().data)
+        # Not through numpy, which would forbid ever resizing the storage.
+        view = memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())).cast("B")
         done = 0
         try:
             while done < len(view):

@@ -1,0 +1,120 @@
+"""What a checkpoint or an output consists of, from headers and records alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tailor_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint, shown_size
+from tailor_fast.patching.outputs import Output, is_output, read_output
+from tailor_fast.patching.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class DtypeUse:
+    """All tensors of one dtype."""
+
+    dtype: str
+    tensors: int
+    elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ShardUse:
+    """One weight file; size with its header."""
+
+    name: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        facts: names and values in a few words: what it is and, of an output, what was patched.
+        dtypes: the largest first.
+        shards: in the files' order.
+        tensors: in the files' order.
+        warnings: legal but suspicious facts, a sentence each.
+    """
+
+    facts: dict[str, Any]
+    dtypes: tuple[DtypeUse, ...]
+    shards: tuple[ShardUse, ...]
+    tensors: tuple[TensorInfo, ...]
+    warnings: tuple[str, ...]
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Look at a checkpoint file, a checkpoint directory or an output.
+
+    Raises:
+        InputError: it cannot be read, or breaks a rule of its format.
+    """
+    with open_checkpoint(path) as checkpoint:
+        tensors = tuple(checkpoint.tensors.values())
+        found = {
+            "path": path,
+            "model": _architecture(checkpoint),
+            "size": f"{shown_size(checkpoint.total_bytes)} in {len(tensors)} tensors",
+            "beside": ", ".join(file.name for file in checkpoint.side_files) or None,
+        }
+        if is_output(path):
+            found |= _patch_facts(read_output(path))
+        return Inspection(
+            found,
+            _by_dtype(tensors),
+            tuple(
+                ShardUse(
+                    shard.file_name,
+                    sum(info.shard == shard.file_name for info in tensors),
+                    shard.snapshot.size,
+                )
+                for shard in checkpoint.shards
+            ),
+            tensors,
+            checkpoint.warnings,
+        )
+
+
+def _by_dtype(tensors: tuple[TensorInfo, ...]) -> tuple[DtypeUse, ...]:
+    uses = []
+    for dtype in dict.fromkeys(info.dtype for info in tensors):
+        same = [info for info in tensors if info.dtype == dtype]
+        elements, nbytes = sum(t.numel for t in same), sum(t.nbytes for t in same)
+        uses.append(DtypeUse(dtype, len(same), elements, nbytes))
+    return tuple(sorted(uses, key=lambda use: -use.nbytes))
+
+
+def _architecture(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.directory is None:
+        return None
+    path = checkpoint.directory / "config.json"
+    try:
+        named = json.loads(path.read_bytes()).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return ", ".join(map(str, named)) if isinstance(named, list) else None
+
+
+def _patch_facts(output: Output) -> dict[str, Any]:
+    """What was patched, and by which choices where they are not the defaults."""
+    report, rows = output.report, output.patched.values()
+    weights = sum(row["rows"] * row["cols"] for row in rows)
+    kept = sum(row["kept"] for row in rows)
+    defaults = Recipe().model_dump()
+    chosen = {k: v for k, v in report["recipe"].items() if defaults.get(k, v) != v}
+    return {
+        "made by": f"tailor_fast {output.manifest['versions'].get('tailor_fast', '?')}",
+        "base": output.input_path("base"),
+        "tuned": output.input_path("tuned"),
+        "kept": f"{100 * report['density']:.2f}%, {kept:,} of {weights:,} weights in {len(rows)}"
+        " tensors",
+        "recipe": ", ".join(f"{key} {value}" for key, value in chosen.items()) or "defaults",
+        "notes": "\n".join(report.get("notes", ())) or None,
+    }
