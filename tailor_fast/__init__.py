@@ -1,8 +1,68 @@
 """Model Tailor as a performance library: repair a fine-tuned model's forgetting by a sparse patch.
 
 Source of the method: Zhu et al., "Model Tailor", ICML 2024, arXiv 2402.12048.
+
+The names below are imported when they are first used, so that ``import tailor_fast`` costs little
+more than ``import torch``.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  what users of the ops have imported anyway; first, for its libraries
 
 from tailor_fast._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate
+    from tailor_fast.ops import backends
+    from tailor_fast.patching import (
+        PatchPlan,
+        Recipe,
+        Report,
+        Tailored,
+        patch_checkpoint,
+        plan_patch,
+        tailor_model,
+    )
+
+_HOMES = {
+    "CalibrationReport": "calibration",
+    "PatchPlan": "patching",
+    "Recipe": "patching",
+    "Report": "patching",
+    "RunOptions": "calibration",
+    "Tailored": "patching",
+    "backends": "ops",
+    "calibrate": "calibration",
+    "patch_checkpoint": "patching",
+    "plan_patch": "patching",
+    "tailor_model": "patching",
+}
+
+__all__ = [
+    "CalibrationReport",
+    "PatchPlan",
+    "Recipe",
+    "Report",
+    "RunOptions",
+    "Tailored",
+    "__version__",
+    "backends",
+    "calibrate",
+    "patch_checkpoint",
+    "plan_patch",
+    "tailor_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tailor_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tailor_fast.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not."""
+    return sorted(__all__)

@@ -7,10 +7,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tailor_fast.patching.picture import draw_report
-from tailor_fast.patching.progress import Progress
-
+from tailor_fast._core.progress import Progress
 from tailor_fast._version import __version__
+from tailor_fast.calibration.options import RunOptions
 from tailor_fast.checkpoint import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -21,7 +20,8 @@ from tailor_fast.checkpoint import (
     model_card,
     read_license,
 )
-from tailor_fast.patching.job import Job, PathLike, RunOptions
+from tailor_fast.patching.job import Job, PathLike, Request
+from tailor_fast.patching.picture import draw_report
 from tailor_fast.patching.plan import PatchPlan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
@@ -39,6 +39,7 @@ def patch_checkpoint(
     recipe: Recipe | None = None,
     *,
     calibration: PathLike | None = None,
+    statistics: PathLike | None = None,
     retain: PathLike | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
@@ -55,7 +56,8 @@ def patch_checkpoint(
         recipe: every choice of the method; None takes the defaults.
         calibration: samples of the new task, JSON lines (``tailor_fast.models.inputs``). None
             selects by salience alone and decorates nothing.
-        retain: samples of old tasks, likewise.
+        statistics: what ``calibrate`` wrote for ``tuned`` on the new task, instead of samples.
+        retain: samples of old tasks, or what ``calibrate`` wrote for ``base`` on them.
         options: device, memory and the like.
         progress: told about each step.
 
@@ -68,14 +70,14 @@ def patch_checkpoint(
         OutputError: ``out`` exists, is locked, or may not be written.
         StorageError: reading or writing failed half way.
     """
-    job = Job.make(base, tuned, recipe, calibration, retain, options, progress)
+    job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress)
     start = time.perf_counter()
     with job.opened() as (sources, layout):
         inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
         with StagedCheckpoint(
-            out, layout, overwrite=job.options.overwrite, inputs=inputs
+            out, layout, overwrite=job.request.options.overwrite, inputs=inputs
         ) as staged:
-            weights = job.run(sources, staged, Path(out))
+            weights = job.run(sources, staged)
             buffer = bytearray(BLOCK_BYTES)
             _copy_untouched(sources, weights, job.recipe, buffer)
             job.report.seconds["total"] = time.perf_counter() - start
@@ -92,6 +94,7 @@ def plan_patch(
     recipe: Recipe | None = None,
     *,
     calibration: PathLike | None = None,
+    statistics: PathLike | None = None,
     retain: PathLike | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
@@ -101,13 +104,29 @@ def plan_patch(
     Raises:
         TailorError: what the run would refuse, as far as headers and data show it.
     """
-    job = Job.make(base, tuned, recipe, calibration, retain, options, progress)
+    job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress)
     with job.opened() as (sources, layout):
         inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
-        StagedCheckpoint.check(out, layout, overwrite=job.options.overwrite, inputs=inputs)
-        plan = job.plan(sources, layout)
-        job.check_memory(plan)
-        return plan
+        overwrite = job.request.options.overwrite
+        StagedCheckpoint.check(out, layout, overwrite=overwrite, inputs=inputs)
+        return job.plan(sources, layout)
+
+
+def _job(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    recipe: Recipe | None,
+    calibration: PathLike | None,
+    statistics: PathLike | None,
+    retain: PathLike | None,
+    options: RunOptions | None,
+    progress: Progress | None,
+) -> Job:
+    new, sums, old = (None if p is None else Path(p) for p in (calibration, statistics, retain))
+    recipe, options = recipe or Recipe(), options or RunOptions()
+    request = Request(Path(base), Path(tuned), Path(out), recipe, new, sums, old, options)
+    return Job(request, progress)
 
 
 def _copy_untouched(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tailor_fast.patching.statistics import Moments
+from tailor_fast.calibration.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class System:
     retain_scale: float
 
 
-def damping_of(gram: torch.Tensor, percdamp: float) -> float:
-    """λ: ``percdamp`` times the mean diagonal; 1 for an all-zero Gram, where any λ serves."""
-    value = percdamp * gram.diagonal().double().mean().item()
+def damping_of(diag: torch.Tensor, percdamp: float) -> float:
+    """λ: ``percdamp`` times the mean of a Gram's diagonal; 1 for zeros, where any λ serves."""
+    value = percdamp * diag.double().mean().item()
     return value if value > 0.0 else 1.0
 
 
@@ -57,7 +57,7 @@ def retain_scale(new: Moments, old: Moments, weight: float, damping: float) -> f
     old_mean = old.target_diag.double().mean().item()
     if old_mean <= 0.0:
         return 0.0
-    return weight * (new.gram.diagonal().double().mean().item() + damping) / old_mean
+    return weight * (new.diag.double().mean().item() + damping) / old_mean
 
 
 def build_system(
@@ -72,7 +72,7 @@ def build_system(
         percdamp: λ as a share of the new task's mean diagonal.
         retain_weight: β.
     """
-    damping = damping_of(new.gram, percdamp)
+    damping = damping_of(new.diag, percdamp)
     scale = 0.0 if old is None else retain_scale(new, old, retain_weight, damping)
     delta = layer.tuned - layer.base
     shift = _bias_shift(layer.tuned_bias, layer.out_bias)

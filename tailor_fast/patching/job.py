@@ -3,136 +3,137 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tailor_fast.patching.progress import Progress, Silent
 
-from tailor_fast._core.errors import UsageError
+from tailor_fast._core.errors import InputError, UsageError
+from tailor_fast._core.progress import Progress, Silent
+from tailor_fast.calibration.data import read_data
+from tailor_fast.calibration.groups import discover
+from tailor_fast.calibration.lockstep import Batch
+from tailor_fast.calibration.moments import DiagonalMoments, Moments
+from tailor_fast.calibration.options import RunOptions
+from tailor_fast.calibration.spill import ActivationSpill
+from tailor_fast.calibration.statfile import Statistics, is_statistics, open_statistics
+from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
 from tailor_fast.checkpoint import Layout, StagedCheckpoint, plan_layout
 from tailor_fast.models import caller
-from tailor_fast.models.inputs import load_processor, make_batches
-from tailor_fast.models.samples import read_samples
-from tailor_fast.patching.engine import Engine, units_of
-from tailor_fast.patching.groups import discover
-from tailor_fast.patching.lockstep import Batch
+from tailor_fast.patching.engine import Engine
+from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.plan import PatchPlan, make_plan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
-from tailor_fast.patching.solving import GroupInputs, Masks, solve_layer
-from tailor_fast.patching.sources import Hashed, LayerOnDisk, Sources, open_sources, run_dtype
-from tailor_fast.patching.spill import ActivationSpill
-from tailor_fast.patching.streamed import StreamedModel, StreamedWeights, attach
-from tailor_fast.patching.tailor import make_streams, resolve
+from tailor_fast.patching.solver import Solver, units_of
+from tailor_fast.patching.sources import BLOCK_BYTES, LayerOnDisk, Sources, open_sources
+from tailor_fast.patching.streamed import StreamedWeights
+from tailor_fast.patching.tailor import make_streams, solve_without_data
 
 PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How a run is carried out; none of it changes the result.
-
-    Attributes:
-        device: where models run and layers are solved, ``cpu`` or ``cuda:N``.
-        max_ram: bytes that weights, statistics and activations may take together, beyond the
-            program itself; None sets no limit.
-        max_shard_bytes: size of an output file.
-        overwrite: replace an existing output, once the new one is complete.
-        batch_size: samples in one forward pass.
-        samples: at most so many samples of each data file; None takes all.
-        max_length: longest sample in tokens.
-    """
-
-    device: str = "cpu"
-    max_ram: int | None = None
-    max_shard_bytes: int = 5_000_000_000
-    overwrite: bool = False
-    batch_size: int = 8
-    samples: int | None = 128
-    max_length: int = 2048
-
-
-@dataclass
-class Job:
-    """One run: what was asked for, and what came of it."""
+class Request:
+    """What the caller asked for."""
 
     base: Path
     tuned: Path
+    out: Path
     recipe: Recipe
     calibration: Path | None
+    statistics: Path | None
     retain: Path | None
     options: RunOptions
-    progress: Progress
-    report: Report
 
-    @classmethod
-    def make(
-        cls,
-        base: PathLike,
-        tuned: PathLike,
-        recipe: Recipe | None,
-        calibration: PathLike | None,
-        retain: PathLike | None,
-        options: RunOptions | None,
-        progress: Progress | None,
-    ) -> Job:
-        recipe = recipe or Recipe()
-        report = Report(recipe.model_dump())
-        resolved = resolve(recipe, calibration is not None, retain is not None, report)
-        return cls(
-            Path(base),
-            Path(tuned),
-            resolved,
-            None if calibration is None else Path(calibration),
-            None if retain is None else Path(retain),
-            options or RunOptions(),
-            progress or Silent(),
-            report,
-        )
+
+class Job:
+    """One run.
+
+    Args:
+        request: what was asked for.
+        progress: told about each step.
+
+    Attributes:
+        recipe: as it is run with the data at hand.
+        report: filled in.
+    """
+
+    def __init__(self, request: Request, progress: Progress | None) -> None:
+        self.request = request
+        self.progress = progress or Silent()
+        self.report = Report(request.recipe.model_dump())
+        self._stack = ExitStack()
+        self._statistics: Statistics | None = None
+        self._old_statistics: Statistics | None = None
+        self.recipe = request.recipe
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Sources, Layout]]:
-        with open_sources(self.base, self.tuned, self.recipe) as sources:
+        """Open all inputs, settle the recipe and lay the output out; reads headers only."""
+        request = self.request
+        with self._stack as stack:
+            if request.statistics is not None:
+                self._statistics = stack.enter_context(open_statistics(request.statistics))
+            if request.retain is not None and is_statistics(request.retain):
+                self._old_statistics = stack.enter_context(open_statistics(request.retain))
+            self.recipe = resolve(request.recipe, self._given(), self.report)
+            sources = stack.enter_context(open_sources(request.base, request.tuned, self.recipe))
             infos = sources.tuned.checkpoint.tensors.values()
-            yield sources, plan_layout(infos, max_shard_bytes=self.options.max_shard_bytes)
+            shard = request.options.max_shard_bytes
+            yield sources, plan_layout(infos, max_shard_bytes=shard)
 
     def plan(self, sources: Sources, layout: Layout) -> PatchPlan:
-        return make_plan(
+        """Plan the run; refuses what cannot fit.
+
+        Raises:
+            UsageError: ``max_ram`` is less than the largest block and its statistics take.
+        """
+        plan = make_plan(
             sources,
             layout,
             self.recipe,
-            runs_model=self.calibration is not None,
-            retains=self.retain is not None,
+            runs_model=self.request.calibration is not None,
+            retains=self.request.retain is not None,
             notes=self.report.notes,
         )
-
-    def check_memory(self, plan: PatchPlan) -> None:
-        limit = self.options.max_ram
+        limit = self.request.options.max_ram
         if limit is not None and plan.ram > limit:
             raise UsageError(
                 f"max_ram of {limit} bytes is too little: the largest block and its statistics take"
                 f" {plan.ram}; expected more, or fewer layers (`targets`), or propagate 'none'"
             )
+        return plan
 
-    def run(self, sources: Sources, staged: StagedCheckpoint, out: Path) -> StreamedWeights:
+    def run(self, sources: Sources, staged: StagedCheckpoint) -> StreamedWeights:
+        """Patch every layer; each is written to ``staged`` as soon as it is solved."""
         plan = self.plan(sources, staged.layout)
-        self.check_memory(plan)
         self.report.notes[:] = plan.notes
-        device = torch.device(self.options.device)
+        device = torch.device(self.request.options.device)
         layers = self._changed(sources)
         named = {layer.target.name: layer for layer in layers}
         weights = StreamedWeights(sources, staged, named, device)
+        solver = self._solver(weights)
+        self._check_statistics(sources)
         with torch.no_grad():
-            if self.calibration is None:
-                self._without_data(weights)
+            if self.request.calibration is not None:
+                self._from_samples(weights, solver, plan)
+            elif self._statistics is not None:
+                self._from_statistics(weights, solver, self._statistics)
             else:
-                self._with_data(weights, plan, out)
+                self.progress.start(len(named))
+                solve_without_data(solver, named, self._told(weights))
         for row in self.report.linears:
             row.tensor = named[row.name].tensor
         return weights
+
+    def _given(self) -> Given:
+        kind = None if self._statistics is None else self._statistics.header.kind
+        old = None if self._old_statistics is None else self._old_statistics.header.kind
+        samples = self.request.retain is not None and self._old_statistics is None
+        return Given(self.request.calibration is not None, kind, samples, old)
 
     def _changed(self, sources: Sources) -> list[LayerOnDisk]:
         changed = [layer for layer in sources.layers if not sources.equal(layer.tensor)]
@@ -142,85 +143,107 @@ class Job:
             self.report.notes.append(text)
         return changed
 
-    def _without_data(self, weights: StreamedWeights) -> None:
-        recipe, targets = self.recipe, {n: layer.target for n, layer in weights.layers.items()}
-        units = {}
-        if recipe.scope in ("layer", "global"):
-            units = units_of(recipe, weights.sources.skeleton(weights.sources.tuned), targets)
-        masks = Masks(recipe, units)
-        if masks.needs_scores_first:
-            for name in targets:
-                masks.add(name, None)
-            masks.observe_all(targets, weights)
-        self.progress.start(len(targets))
-        for done, (name, target) in enumerate(targets.items()):
-            inputs = GroupInputs((name,), None, None, None)
-            weight, row = solve_layer(target, weights.pair(target), inputs, masks, recipe)
-            weights.install(target, weight)
-            self.report.linears.append(row)
-            self.progress.group(name, done + 1, len(targets), self._bytes(weights))
-
-    def _with_data(self, weights: StreamedWeights, plan: PatchPlan, out: Path) -> None:
-        sources, device = weights.sources, weights.device
-        tuned = StreamedModel(sources, sources.tuned, device)
-        base = None if self.retain is None else StreamedModel(sources, sources.base, device)
-        if self.recipe.propagate != "none":
-            weights.patched = StreamedModel(sources, self._patched_source(sources), device)
-        patched = weights.patched
-        new = self._batches(self.calibration, tuned, device)
-        old = self._batches(self.retain, tuned, device)
-        models = (
-            tuned.model if base is None else base.model,
-            tuned.model,
-            tuned.model if patched is None else patched.model,
-        )
+    def _solver(self, weights: StreamedWeights) -> Solver:
         targets = {name: layer.target for name, layer in weights.layers.items()}
-        streams = make_streams(self.recipe, models, (new or [], old), caller(tuned.model))
-        with ExitStack() as stack:
-            attach(stack, tuned, base, patched)
-            self.progress.note("finding the input groups")
-            groups = discover(streams.tuned, targets, tuned.residency.blocks)
-            self.progress.start(len(groups.sites))
-            engine = Engine(self.recipe, weights, targets, groups, streams, self.report)
-            engine.spill = self._spill(plan, out, stack)
-            engine.progress = lambda name, done, total: self.progress.group(
-                name, done, total, self._bytes(weights)
-            )
-            engine.run()
+        units = {}
+        if self.recipe.scope in ("layer", "global"):
+            units = units_of(self.recipe, skeleton_of(weights.sources.tuned), targets)
+        return Solver(self.recipe, weights, targets, units, self.report)
 
-    def _patched_source(self, sources: Sources) -> Hashed:
-        """Parameters that are not patched come from where the output takes them."""
-        return sources.base if self.recipe.untouched == "base" else sources.tuned
+    def _check_statistics(self, sources: Sources) -> None:
+        """Statistics of the new task must be TUNED's own, those of old tasks BASE's."""
+        for statistics, source, role in (
+            (self._statistics, sources.tuned, "TUNED"),
+            (self._old_statistics, sources.base, "BASE"),
+        ):
+            if statistics is not None:
+                statistics.check_model(source.root(bytearray(BLOCK_BYTES)), role)
+
+    def _old_moments(self, members: Sequence[str]) -> Moments | DiagonalMoments | None:
+        statistics = self._old_statistics
+        if statistics is None:
+            return None
+        if members[0] not in statistics:
+            raise InputError(
+                f"{self.request.retain}: has no entry for {members[0]}; expected one for every"
+                " layer that is patched; calibrate again on data that runs through it"
+            )
+        return statistics.moments(members[0], torch.device(self.request.options.device))
+
+    def _from_statistics(
+        self, weights: StreamedWeights, solver: Solver, statistics: Statistics
+    ) -> None:
+        names = list(weights.layers)
+        device = weights.device
+        groups = statistics.grouped(names)
+        solver.leave([n for n in names if n not in statistics], "the statistics have no entry")
+        if solver.needs_scores_first:
+            for group in groups:
+                new, old = statistics.moments(group[0], device), self._old_moments(group)
+                if new is not None:
+                    solver.score(group, new, old)
+            solver.finish_scores()
+        self.progress.start(len(groups))
+        told = self._told(weights)
+        for done, group in enumerate(groups, 1):
+            new = statistics.moments(group[0], device)
+            if new is None:
+                solver.leave(group, "no counted token reaches it")
+            else:
+                solver.solve(group, new, self._old_moments(group))
+            told(group[0], done, len(groups))
+
+    def _from_samples(self, weights: StreamedWeights, solver: Solver, plan: PatchPlan) -> None:
+        sources, device, recipe = weights.sources, weights.device, self.recipe
+        keys = sources.keys
+        tuned = StreamedModel(sources.tuned, keys, device)
+        new = self._batches(self.request.calibration, tuned, device) or []
+        old = None
+        if self._old_statistics is None:
+            old = self._batches(self.request.retain, tuned, device)
+        base = None if old is None else StreamedModel(sources.base, keys, device)
+        if recipe.propagate != "none":
+            # What is not patched runs as it will be written.
+            rest = sources.base if recipe.untouched == "base" else sources.tuned
+            weights.patched = StreamedModel(rest, keys, device)
+        patched = weights.patched or tuned  # not run without propagation
+        models = ((base or tuned).model, tuned.model, patched.model)
+        streams = make_streams(recipe, models, (new, old), caller(tuned.model))
+        with ExitStack() as stack:
+            attach(stack, tuned, base, weights.patched)
+            self.progress.note("finding the input groups")
+            groups = discover(streams.tuned, weights.layers, tuned.residency.blocks)
+            self.progress.start(len(groups.sites))
+            engine = Engine(solver, groups, streams, by_block=recipe.group == "block")
+            if self._old_statistics is not None:
+                engine.old_moments = self._old_moments
+            engine.spill = self._spill(plan, stack)
+            engine.progress = self._told(weights)
+            engine.run()
 
     def _batches(
         self, path: Path | None, model: StreamedModel, device: torch.device
     ) -> list[Batch] | None:
         if path is None:
             return None
-        options = self.options
-        samples = read_samples(path)
-        if options.samples is not None and len(samples) > options.samples:
-            self.report.notes.append(
-                f"{path.name}: the first {options.samples} of {len(samples)} samples are used"
-            )
-            samples = samples[: options.samples]
-        batches = make_batches(
-            samples,
-            load_processor(self.tuned),
-            batch_size=options.batch_size,
-            max_length=options.max_length,
-            dtype=run_dtype(model.model),
-            config=model.model.config,
-        )
-        return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+        data = read_data(path, self.request.tuned, model, self.request.options, device)
+        if data.note:
+            self.report.notes.append(data.note)
+        return data.batches
 
-    def _spill(self, plan: PatchPlan, out: Path, stack: ExitStack) -> ActivationSpill | None:
-        if self.options.max_ram is None:
+    def _spill(self, plan: PatchPlan, stack: ExitStack) -> ActivationSpill | None:
+        limit = self.request.options.max_ram
+        if limit is None:
             return None
-        spill = ActivationSpill(self.options.max_ram - plan.ram, out.absolute().parent)
+        spill = ActivationSpill(limit - plan.ram, self.request.out.absolute().parent)
         stack.callback(spill.close)
         return spill
 
-    @staticmethod
-    def _bytes(weights: StreamedWeights) -> int:
-        return sum(weights.staged.layout.tensors[name].nbytes for name in weights.written)
+    def _told(self, weights: StreamedWeights) -> Callable[[str, int, int], None]:
+        sizes = weights.staged.layout.tensors
+
+        def told(name: str, done: int, total: int) -> None:
+            written = sum(sizes[tensor].nbytes for tensor in weights.written)
+            self.progress.group(name, done, total, written)
+
+        return told

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tailor_fast.calibration.streamed import run_dtype, skeleton_of
 from tailor_fast.checkpoint import Layout
-from tailor_fast.models import Residency, build_skeleton
+from tailor_fast.models import Residency
 from tailor_fast.ops.select import kept_count
 from tailor_fast.patching.recipe import Recipe
-from tailor_fast.patching.sources import BLOCK_BYTES, Sources, run_dtype
+from tailor_fast.patching.sources import BLOCK_BYTES, Sources
 
 _FP32 = 4
 
@@ -102,10 +103,7 @@ def _kept(shape: tuple[int, int], recipe: Recipe) -> int:
 
 def _resident_weights(sources: Sources, recipe: Recipe) -> int:
     """The largest unit that is resident, once per model that runs."""
-    directory = sources.tuned.checkpoint.directory
-    if directory is None:
-        return 0
-    model = build_skeleton(directory)
+    model = skeleton_of(sources.tuned)
     size = run_dtype(model).itemsize
     largest = max(Residency.unit_sizes(model).values(), default=0)
     models = 1 if recipe.propagate == "none" else 3

@@ -7,37 +7,43 @@ import logging
 import torch
 
 from tailor_fast._core.errors import InputError
+from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.patching.equations import damping_of
-from tailor_fast.patching.statistics import Moments
 
 _log = logging.getLogger("tailor_fast")
 
 
 def column_weight(
-    sensitivity: str, new: Moments, old: Moments | None, percdamp: float, where: str
+    sensitivity: str,
+    new: Moments | DiagonalMoments,
+    old: Moments | DiagonalMoments | None,
+    percdamp: float,
+    where: str,
 ) -> torch.Tensor:
     """Return ``c``, fp32 ``[cols]`` (table in section 2 of the design).
 
     Args:
         sensitivity: ``obs``, ``diag``, ``ratio`` or ``weight``.
-        new: moments of the new task.
+        new: moments of the new task; ``obs`` and ``weight`` need the whole Gram.
         old: moments of old tasks; needed by ``ratio``.
         percdamp: λ as a share of the mean diagonal.
         where: the group's name, for messages.
 
     Raises:
         InputError: the damped Gram cannot be factored.
-        ValueError: ``ratio`` without old-task moments.
+        ValueError: the moments do not hold what the sensitivity needs.
     """
-    diag = new.gram.diagonal()
     if sensitivity == "diag":
-        return diag.sqrt()
-    damping = damping_of(new.gram, percdamp)
+        return new.diag.sqrt()
+    damping = damping_of(new.diag, percdamp)
     if sensitivity == "ratio":
         if old is None:
             raise ValueError("column_weight: old must be given for sensitivity 'ratio'; got None")
-        old_damping = damping_of(old.gram, percdamp)
-        return ((diag + damping) / (old.gram.diagonal() + old_damping)).sqrt()
+        return ((new.diag + damping) / (old.diag + damping_of(old.diag, percdamp))).sqrt()
+    if not isinstance(new, Moments):
+        raise ValueError(
+            f"column_weight: new must hold a Gram for sensitivity {sensitivity!r}; got its diagonal"
+        )
     if sensitivity == "weight":
         # U = chol(H⁻¹, upper) has U_jj = 1 / R_jj with R = J chol(J H J) J: no inverse is formed.
         flipped = _cholesky(new.gram.flip(0, 1), damping, where)

@@ -7,17 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
 
 from tailor_fast._core.errors import InputError, UsageError
-from tailor_fast.checkpoint import Checkpoint, TensorHasher, TensorInfo, match_pair, open_checkpoint
+from tailor_fast.checkpoint import Checkpoint, Hashed, TensorInfo, match_pair, open_checkpoint
 from tailor_fast.models import Target, build_skeleton, find_targets, map_keys
 from tailor_fast.patching.recipe import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _FLOATS = ("F32", "F16", "BF16")
 # Names that are no linear layer although the tensor has two dimensions.
@@ -37,52 +31,6 @@ class LayerOnDisk:
     bias: str | None
 
 
-class Hashed:
-    """A checkpoint whose tensors are hashed as they pass by, so that each is read once.
-
-    Attributes:
-        checkpoint: the open files.
-        digests: tensor name -> digest of what was read whole so far.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.digests: dict[str, str] = {}
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return tensor ``name``, owned by the caller."""
-        tensor = self.checkpoint.read(name)
-        if name not in self.digests:
-            hasher = self._hasher(name)
-            hasher.update(tensor)
-            self.digests[name] = hasher.hexdigest()
-        return tensor
-
-    def blocks(self, name: str, buffer: bytearray) -> Iterator[tuple[int, memoryview]]:
-        """Read tensor ``name`` through ``buffer``: yields (first byte, bytes)."""
-        hasher = self._hasher(name)
-        size = self.checkpoint.tensors[name].nbytes
-        for begin in range(0, size, len(buffer)):
-            end = min(size, begin + len(buffer))
-            self.checkpoint.read_into(name, buffer, begin, end)
-            view = memoryview(buffer)[: end - begin]
-            hasher.update(view)
-            yield begin, view
-        self.digests[name] = hasher.hexdigest()
-
-    def finish(self, buffer: bytearray) -> dict[str, str]:
-        """Hash what was not read so far, and return every digest."""
-        for name in self.checkpoint.tensors:
-            if name not in self.digests:
-                for _ in self.blocks(name, buffer):
-                    pass
-        return self.digests
-
-    def _hasher(self, name: str) -> TensorHasher:
-        info = self.checkpoint.tensors[name]
-        return TensorHasher(info.dtype, info.shape)
-
-
 @dataclass(frozen=True)
 class Sources:
     """BASE and TUNED, open, paired tensor by tensor.
@@ -100,20 +48,6 @@ class Sources:
     keys: dict[str, str]
     layers: tuple[LayerOnDisk, ...]
     notes: tuple[str, ...]
-
-    def skeleton(self, source: Hashed) -> PreTrainedModel:
-        """A model without weights for one of the two checkpoints.
-
-        Raises:
-            InputError: no configuration, or no such class.
-        """
-        checkpoint = source.checkpoint
-        if checkpoint.directory is None:
-            raise InputError(
-                f"{checkpoint.path}: a single file has no config.json beside it; expected a model"
-                " directory; patch without calibration data"
-            )
-        return build_skeleton(checkpoint.directory)
 
     def equal(self, name: str) -> bool:
         """Whether tensor ``name`` has the same bytes in both, read block by block."""
@@ -186,9 +120,3 @@ def _by_name(tuned: Checkpoint, recipe: Recipe) -> list[LayerOnDisk]:
 
 def _is_matrix(info: TensorInfo) -> bool:
     return len(info.shape) == 2 and info.dtype in _FLOATS
-
-
-def run_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that the model's forward pass runs in."""
-    dtype = model.config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32

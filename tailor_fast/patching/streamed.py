@@ -1,51 +1,16 @@
-"""Layers streamed from disk: one block of each model in memory, patched weights written at once."""
+"""Layers from disk to disk: read from both checkpoints, written as soon as they are patched."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
-from tailor_fast.checkpoint import StagedCheckpoint
-from tailor_fast.models import Residency, Target
-from tailor_fast.patching.solving import LayerPair
-from tailor_fast.patching.sources import Hashed, LayerOnDisk, Sources, run_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-class StreamedModel:
-    """A model whose blocks are read when a forward pass enters them.
-
-    Args:
-        sources: the open pair.
-        source: the one of the two whose weights this model runs with.
-        device: where it runs.
-    """
-
-    def __init__(self, sources: Sources, source: Hashed, device: torch.device) -> None:
-        self.model: PreTrainedModel = sources.skeleton(source)
-        self._dtype = run_dtype(self.model)
-        self._sources = sources
-        self._source = source
-        self._device = device
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
-        self.residency = Residency(self.model, self._load)
-
-    def _load(self, name: str) -> torch.Tensor | None:
-        key = self._sources.keys.get(name)
-        return None if key is None else self.to_run(self._source.read(key))
-
-    def to_run(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` on the model's device, floating words in the model's dtype."""
-        if tensor.is_floating_point():
-            return tensor.to(self._device, self._dtype)
-        return tensor.to(self._device)
+from tailor_fast.calibration.streamed import StreamedModel
+from tailor_fast.checkpoint import Hashed, StagedCheckpoint
+from tailor_fast.models import Target
+from tailor_fast.patching.layers import LayerPair
+from tailor_fast.patching.sources import LayerOnDisk, Sources
 
 
 @dataclass
@@ -101,10 +66,3 @@ class StreamedWeights:
 
     def _bias(self, source: Hashed, layer: LayerOnDisk) -> torch.Tensor | None:
         return None if layer.bias is None else source.read(layer.bias).to(self.device)
-
-
-def attach(stack: ExitStack, *models: StreamedModel | None) -> None:
-    """Load blocks on entry for as long as ``stack`` lasts."""
-    for model in models:
-        if model is not None:
-            stack.enter_context(model.residency.attached())

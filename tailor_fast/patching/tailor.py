@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from tailor_fast._core.errors import UsageError
+from tailor_fast.calibration.collect import Streams
+from tailor_fast.calibration.groups import discover
+from tailor_fast.calibration.lockstep import Batch, Stream
 from tailor_fast.models import Target, caller, find_targets, pair_parameters, weight_view
 from tailor_fast.ops.codec import EncodedPatch, encode_patch
-from tailor_fast.patching.engine import Engine, Progress, Streams, units_of
-from tailor_fast.patching.groups import discover
-from tailor_fast.patching.lockstep import Batch, Stream
+from tailor_fast.patching.engine import Engine, Progress, silent
+from tailor_fast.patching.inputs import Given, resolve
+from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
-from tailor_fast.patching.solving import GroupInputs, LayerPair, Masks, solve_layer
+from tailor_fast.patching.solver import Solver, units_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def tailor_model(
     recipe: Recipe | None = None,
     *,
     retain_batches: Iterable[Batch] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Tailored:
     """Repair a fine-tuned model's forgetting: a sparse, decorated patch on the base model.
 
@@ -75,7 +78,7 @@ def tailor_model(
     report = Report(recipe.model_dump())
     new = None if batches is None else _listed("batches", batches)
     old = None if retain_batches is None else _listed("retain_batches", retain_batches)
-    recipe = resolve(recipe, new is not None, old is not None, report)
+    recipe = resolve(recipe, Given(samples=new is not None, old_samples=old is not None), report)
     start = time.perf_counter()
     pairs = list(pair_parameters(base_model, tuned_model))
     targets = changed_targets(base_model, tuned_model, recipe, report)
@@ -84,11 +87,15 @@ def tailor_model(
         if recipe.untouched == "tuned":
             _copy_untouched(patched, tuned_model, targets)
         weights = ModelWeights(base_model, tuned_model, patched)
+        solver = Solver(recipe, weights, targets, units_of(recipe, tuned_model, targets), report)
         if new is None:
-            _without_data(weights, targets, recipe, report)
+            solve_without_data(solver, targets, progress)
         else:
             models = (base_model, tuned_model, patched)
-            _with_data(weights, targets, recipe, report, models, (new, old), progress)
+            streams = make_streams(recipe, models, (new, old), caller(tuned_model))
+            groups = discover(streams.tuned, targets)
+            by_block = recipe.group == "block"
+            Engine(solver, groups, streams, by_block, progress=progress).run()
         after = dict(patched.named_parameters())
         patch = {
             name: encode_patch(parameter.detach(), after[name].detach())
@@ -97,46 +104,6 @@ def tailor_model(
         }
     report.seconds["total"] = time.perf_counter() - start
     return Tailored(patched, patch, report)
-
-
-def resolve(recipe: Recipe, has_new: bool, has_old: bool, report: Report) -> Recipe:
-    """Return the recipe as it will be run with the data at hand; say what changed.
-
-    Raises:
-        UsageError: the recipe asks for what the data cannot give, or the data has no use.
-    """
-    if not has_new:
-        if has_old:
-            raise UsageError(
-                "old-task data is given without data of the new task; expected both; give"
-                " calibration data"
-            )
-        explicit = {"sensitivity", "propagate"} & recipe.model_fields_set
-        if recipe.decorate in ("obs", "official") or explicit:
-            what = "decorate" if recipe.decorate in ("obs", "official") else sorted(explicit)[0]
-            raise UsageError(
-                f"{what} {getattr(recipe, what)!r} needs data of the new task; got none; give"
-                " calibration data"
-            )
-        report.notes.append("no data: salience only, nothing decorated")
-        return recipe.model_copy(
-            update={"salience_weight": 1.0, "decorate": "none", "propagate": "none"}
-        )
-    if recipe.sensitivity == "ratio" and not has_old:
-        raise UsageError(
-            "sensitivity 'ratio' compares with old tasks; got no old-task data; give retain data"
-        )
-    if has_old and recipe.decorate != "exact" and recipe.sensitivity != "ratio":
-        raise UsageError(
-            f"decorate {recipe.decorate!r} has no retention term; got old-task data; leave it out,"
-            " or use decorate 'exact'"
-        )
-    if recipe.propagate == "asymmetric" and recipe.decorate != "exact":
-        report.notes.append(
-            f"propagate 'asymmetric' is 'sequential' for decorate {recipe.decorate!r}: it uses one"
-            " Gram only"
-        )
-    return recipe
 
 
 def changed_targets(
@@ -218,37 +185,16 @@ def _copy_untouched(patched: nn.Module, tuned: nn.Module, targets: Mapping[str, 
             tensor.copy_(state[name])
 
 
-def _without_data(
-    weights: ModelWeights, targets: Mapping[str, Target], recipe: Recipe, report: Report
-) -> None:
-    masks = Masks(recipe, units_of(recipe, weights.tuned, targets))
-    if masks.needs_scores_first:
-        for name in targets:
-            masks.add(name, None)
-        masks.observe_all(targets, weights)
-    for name, target in targets.items():
-        inputs = GroupInputs((name,), None, None, None)
-        weight, row = solve_layer(target, weights.pair(target), inputs, masks, recipe)
-        weights.install(target, weight)
-        report.linears.append(row)
-
-
-def _with_data(
-    weights: ModelWeights,
-    targets: Mapping[str, Target],
-    recipe: Recipe,
-    report: Report,
-    models: tuple[nn.Module, nn.Module, nn.Module],
-    data: tuple[list[Batch], list[Batch] | None],
-    progress: Progress | None,
-) -> None:
-    tuned = models[1]
-    streams = make_streams(recipe, models, data, caller(tuned))
-    groups = discover(streams.tuned, targets)
-    engine = Engine(recipe, weights, targets, groups, streams, report)
-    if progress is not None:
-        engine.progress = progress
-    engine.run()
+def solve_without_data(solver: Solver, names: Iterable[str], progress: Progress) -> None:
+    """Select by salience alone and decorate nothing."""
+    names = list(names)
+    if solver.needs_scores_first:
+        for name in names:
+            solver.score((name,), None, None)
+        solver.finish_scores()
+    for done, name in enumerate(names, 1):
+        solver.solve((name,), None, None)
+        progress(name, done, len(names))
 
 
 def make_streams(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tailor_fast._core.errors import InputError, UsageError
+from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -27,7 +28,6 @@ from tailor_fast.checkpoint import (
 )
 from tailor_fast.ops.select import kept_count
 from tailor_fast.patching.outputs import Output, read_output
-from tailor_fast.patching.progress import Progress, Silent
 
 BLOCK_BYTES = 8 << 20
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

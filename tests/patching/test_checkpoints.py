@@ -1,4 +1,4 @@
-"""``patch_checkpoint``: the same bytes as ``tailor_model``, in bounded memory, whole or not at all."""
+"""``patch_checkpoint``: the bytes of ``tailor_model``, in bounded memory, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from tailor_fast._core.errors import InputError, OutputError, UsageError
+from tailor_fast.calibration.options import RunOptions
 from tailor_fast.models import find_targets
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
 from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
-from tailor_fast.patching.job import RunOptions
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.tailor import tailor_model
 from tests.patching.disk import llama_pair, llava_pair, write_scenes, write_texts
@@ -73,9 +73,7 @@ def test_llama_from_disk_equals_llama_in_memory(name: str, retain: bool, tmp_pat
     new = write_texts(tmp_path / "new.jsonl")
     old = write_texts(tmp_path / "old.jsonl", seed=9) if retain else None
     out = tmp_path / "out"
-    patch_checkpoint(
-        base, tuned, out, RECIPES[name], calibration=new, retain=old, options=OPTIONS
-    )
+    patch_checkpoint(base, tuned, out, RECIPES[name], calibration=new, retain=old, options=OPTIONS)
     expected = in_memory(base, tuned, AutoModelForCausalLM, RECIPES[name], (new, old))
     written = words(out)
     assert set(written) == set(words(base))
@@ -179,8 +177,8 @@ def test_nothing_is_left_when_a_run_fails(tmp_path: Path, monkeypatch: Any) -> N
 def test_what_cannot_work_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     base, tuned = llama_pair(tmp_path)
     new = write_texts(tmp_path / "new.jsonl")
+    options = RunOptions(max_ram=1000)
     with pytest.raises(UsageError, match="max_ram of 1000 bytes is too little"):
-        options = RunOptions(max_ram=1000)
         patch_checkpoint(base, tuned, tmp_path / "out", calibration=new, options=options)
     with pytest.raises(UsageError, match="no layer to patch"):
         patch_checkpoint(base, tuned, tmp_path / "out", Recipe(targets="nothing"))

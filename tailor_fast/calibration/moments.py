@@ -41,6 +41,19 @@ class Moments:
     error_mean: torch.Tensor | None
     tokens: int
 
+    @property
+    def diag(self) -> torch.Tensor:
+        """Diagonal of ``gram``, ``[cols]``."""
+        return self.gram.diagonal()
+
+
+@dataclass(frozen=True)
+class DiagonalMoments:
+    """Mean ``x * x`` over the counted tokens, fp32 ``[cols]``: the Gram's diagonal alone."""
+
+    diag: torch.Tensor
+    tokens: int
+
 
 @dataclass
 class _Sums:
@@ -75,22 +88,22 @@ class MomentSums:
     def add(
         self,
         actual: torch.Tensor,
-        target: torch.Tensor | None,
         token_mask: torch.Tensor | None,
         where: str,
+        target: torch.Tensor | None = None,
     ) -> None:
         """Add one batch.
 
         Args:
             actual: ``[..., cols]``, inputs as the patched layer sees them.
-            target: the same tokens in the target stream; None when the streams are one.
             token_mask: bool ``[tokens]``, True where a token counts; None counts all.
             where: batch's name, for messages.
+            target: the same tokens in the target stream; None when the streams are one.
 
         Raises:
             InputError: an activation is not finite, or the two streams differ in shape.
         """
-        x = self._tokens_of(actual, where)
+        x = finite_tokens(self._name, actual, where)
         if self._inputs is None or self._target_diag is None:
             self._inputs = _Sums.like(x)
             self._target_diag = x.new_zeros(x.shape[1], dtype=torch.float32)
@@ -100,7 +113,7 @@ class MomentSums:
         if target is None or torch.equal(target, actual):
             accumulate_gram_diag_(self._target_diag, counted)
             return
-        other = self._tokens_of(target, where)
+        other = finite_tokens(self._name, target, where)
         if other.shape != x.shape:
             raise InputError(
                 f"{self._name}: {where} gives {list(other.shape)} tokens in one model and"
@@ -130,14 +143,59 @@ class MomentSums:
             tokens=tokens,
         )
 
-    def _tokens_of(self, x: torch.Tensor, where: str) -> torch.Tensor:
-        tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        if not bool(torch.isfinite(tokens.sum(dtype=torch.float32))):
-            finite = torch.isfinite(tokens).all(1)
-            if not bool(finite.all()):
-                first = int((~finite).nonzero()[0])
-                raise InputError(
-                    f"{self._name}: the input in {where} is not finite at token {first}; expected"
-                    " finite activations; look for overflow in the model's dtype"
-                )
-        return tokens
+    def sums(self) -> tuple[dict[str, torch.Tensor], int]:
+        """``gram`` (sum of ``x xᵀ``) and ``total`` (sum of ``x``) as they are, and the tokens.
+
+        Raises:
+            InputError: no batch was added.
+        """
+        if self._inputs is None:
+            raise InputError(f"{self._name}: no batch runs through it; expected at least one")
+        return {"gram": self._inputs.gram, "total": self._inputs.total}, self._tokens
+
+
+class DiagonalSums:
+    """Sum of ``x * x`` over the counted tokens; what ``calibrate --kind diag`` costs."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tokens = 0
+        self._diag: torch.Tensor | None = None
+
+    def add(self, actual: torch.Tensor, token_mask: torch.Tensor | None, where: str) -> None:
+        """Add one batch; arguments and errors as for ``MomentSums.add``."""
+        counted = finite_tokens(self._name, actual, where)
+        if token_mask is not None:
+            counted = counted[token_mask]
+        if self._diag is None:
+            self._diag = counted.new_zeros(counted.shape[1], dtype=torch.float32)
+        self._tokens += counted.shape[0]
+        accumulate_gram_diag_(self._diag, counted)
+
+    def sums(self) -> tuple[dict[str, torch.Tensor], int]:
+        """``diag`` as it is, and the tokens.
+
+        Raises:
+            InputError: no batch was added.
+        """
+        if self._diag is None:
+            raise InputError(f"{self._name}: no batch runs through it; expected at least one")
+        return {"diag": self._diag}, self._tokens
+
+
+def finite_tokens(name: str, x: torch.Tensor, where: str) -> torch.Tensor:
+    """Return ``x`` ``[..., cols]`` as ``[tokens, cols]``.
+
+    Raises:
+        InputError: an entry is not finite; the message names layer, batch and token.
+    """
+    tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    if not bool(torch.isfinite(tokens.sum(dtype=torch.float32))):
+        finite = torch.isfinite(tokens).all(1)
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0])
+            raise InputError(
+                f"{name}: the input in {where} is not finite at token {first}; expected finite"
+                " activations; look for overflow in the model's dtype"
+            )
+    return tokens

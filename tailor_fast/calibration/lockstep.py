@@ -22,7 +22,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from tailor_fast._core.errors import InputError
-from tailor_fast.patching.spill import ActivationSpill
+from tailor_fast.calibration.spill import ActivationSpill
 
 Batch = Any  # what one forward call takes: a mapping (keywords), a sequence, or one tensor
 

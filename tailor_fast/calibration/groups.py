@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tailor_fast.patching.lockstep import Site, Stream, run_all
+from tailor_fast.calibration.lockstep import Site, Stream, run_all
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""Running a model over data: lanes in lockstep, moments of layer inputs, statistics files."""
+
+from tailor_fast.calibration.job import CalibrationReport, calibrate
+from tailor_fast.calibration.options import RunOptions
+
+__all__ = ["CalibrationReport", "RunOptions", "calibrate"]

@@ -1,0 +1,29 @@
+"""How a run is carried out, apart from what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of it but samples and lengths changes the result.
+
+    Attributes:
+        device: where models run and layers are solved, ``cpu`` or ``cuda:N``.
+        max_ram: bytes that weights, statistics and activations may take together, beyond the
+            program itself; None sets no limit.
+        max_shard_bytes: size of an output file.
+        overwrite: replace an existing output, once the new one is complete.
+        batch_size: samples in one forward pass.
+        samples: at most so many samples of each data file; None takes all.
+        max_length: longest sample in tokens.
+    """
+
+    device: str = "cpu"
+    max_ram: int | None = None
+    max_shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+    batch_size: int = 8
+    samples: int | None = 128
+    max_length: int = 2048

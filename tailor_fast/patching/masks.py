@@ -1,0 +1,85 @@
+"""Which weights of a layer are kept, for scopes within a layer and for scopes that span layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from tailor_fast.models import Target
+from tailor_fast.ops.select import TopKSelector, select_patch
+from tailor_fast.patching.layers import LayerPair, Weights
+from tailor_fast.patching.recipe import Recipe
+
+
+class Masks:
+    """Chooses the mask of each layer.
+
+    Args:
+        recipe: scope, sensitivity and the rest.
+        units: unit of each layer for the scopes ``layer`` and ``global``; empty for the others.
+    """
+
+    def __init__(self, recipe: Recipe, units: Mapping[str, str]) -> None:
+        self._recipe = recipe
+        self._units = units
+        self._weights: dict[str, torch.Tensor | None] = {}
+        self._selectors: dict[str, TopKSelector] = {}
+
+    @property
+    def needs_scores_first(self) -> bool:
+        """Whether every layer must be scored before the first mask is known."""
+        return bool(self._units)
+
+    def add(self, name: str, column_weight: torch.Tensor | None) -> None:
+        """Keep a layer's score vector for the pass over all layers."""
+        self._weights[name] = column_weight
+
+    def observe_all(self, targets: Mapping[str, Target], weights: Weights) -> None:
+        """Score every layer of every unit until each unit's threshold is exact."""
+        recipe = self._recipe
+        open_units = {self._units[name] for name in self._weights}
+        for unit in sorted(open_units):
+            self._selectors[unit] = TopKSelector(
+                recipe.density,
+                sensitivity=recipe.sensitivity,
+                salience_weight=self._salience_weight,
+                normalize=recipe.normalize,
+            )
+        while open_units:
+            for name, column_weight in self._weights.items():
+                if self._units[name] in open_units:
+                    pair = weights.pair(targets[name])
+                    selector = self._selectors[self._units[name]]
+                    selector.observe(name, pair.base, pair.tuned, column_weight)
+            open_units = {unit for unit in open_units if not self._selectors[unit].finish()}
+
+    def mask(self, name: str, pair: LayerPair, column_weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the bool mask ``[rows, cols]`` of the weights that are kept."""
+        if self.needs_scores_first:
+            selector = self._selectors[self._units[name]]
+            return selector.mask(name, pair.base, pair.tuned, self._weights[name])
+        recipe = self._recipe
+        return select_patch(
+            pair.base,
+            pair.tuned,
+            column_weight,
+            sensitivity=recipe.sensitivity,
+            density=recipe.density,
+            salience_weight=1.0 if column_weight is None else recipe.salience_weight,
+            normalize=recipe.normalize,
+            scope=_within_tensor(recipe),
+            name=name,
+        )
+
+    @property
+    def _salience_weight(self) -> float:
+        data_free = any(weight is None for weight in self._weights.values())
+        return 1.0 if data_free else self._recipe.salience_weight
+
+
+def _within_tensor(recipe: Recipe) -> Literal["tensor", "block", "row"]:
+    if recipe.scope == "layer" or recipe.scope == "global":
+        raise RuntimeError(f"scope {recipe.scope} has no units")
+    return recipe.scope

@@ -1,0 +1,133 @@
+"""From a group's moments to installed weights and lines of the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tailor_fast.calibration.moments import DiagonalMoments, Moments
+from tailor_fast.models import Target, blocks_of
+from tailor_fast.patching.layers import Weights
+from tailor_fast.patching.masks import Masks
+from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.report import Report
+from tailor_fast.patching.scores import column_weight
+from tailor_fast.patching.solving import GroupInputs, left_at_base, solve_layer
+
+AnyMoments = Moments | DiagonalMoments
+
+
+class Solver:
+    """Scores, solves and installs the layers of one group at a time.
+
+    Args:
+        recipe: what to do.
+        weights: where layers come from and go to.
+        targets: the layers to patch, by name.
+        units: unit of each layer for scopes that span layers (``units_of``).
+        report: filled in.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: Weights,
+        targets: Mapping[str, Target],
+        units: Mapping[str, str],
+        report: Report,
+    ) -> None:
+        self._recipe = recipe
+        self._weights = weights
+        self._targets = targets
+        self._masks = Masks(recipe, units)
+        self._report = report
+
+    @property
+    def needs_scores_first(self) -> bool:
+        """Whether every layer must be scored before the first is solved."""
+        return self._masks.needs_scores_first
+
+    def score(self, members: Sequence[str], new: AnyMoments | None, old: AnyMoments | None) -> None:
+        """Keep the score vector of a group until ``finish_scores``; None is salience alone."""
+        weight = self._column_weight(members, new, old)
+        for name in members:
+            self._masks.add(name, weight)
+
+    def finish_scores(self) -> None:
+        """Find each unit's threshold."""
+        with self.timed("scores"):
+            self._masks.observe_all(self._targets, self._weights)
+
+    def solve(
+        self,
+        members: Sequence[str],
+        new: AnyMoments | None,
+        old: AnyMoments | None,
+        note: str = "",
+    ) -> None:
+        """Patch the layers of one group.
+
+        Args:
+            members: names of the layers, which share their inputs.
+            new: moments of the new task; None selects by salience and decorates nothing.
+            old: moments of old tasks; None without retention.
+            note: goes into the report.
+        """
+        weight = None if self.needs_scores_first else self._column_weight(members, new, old)
+        inputs = GroupInputs(tuple(members), new, old, weight)
+        for name in members:
+            target = self._targets[name]
+            with self.timed("solve"):
+                pair = self._weights.pair(target)
+                patched, row = solve_layer(target, pair, inputs, self._masks, self._recipe)
+            with self.timed("install"):
+                self._weights.install(target, patched)
+            row.note = note
+            self._report.linears.append(row)
+
+    def preview(self, names: Iterable[str]) -> None:
+        """Let the patched model run with tuned weights until these layers are solved."""
+        for name in names:
+            self._weights.preview(self._targets[name])
+
+    def leave(self, names: Iterable[str], why: str) -> None:
+        """Leave layers at base, and say why."""
+        for name in names:
+            target = self._targets[name]
+            row = left_at_base(target, self._weights.pair(target), f"left at base: {why}")
+            self._report.linears.append(row)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent to a stage of the report."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._report.seconds[stage] = self._report.seconds.get(stage, 0.0) + spent
+
+    def _column_weight(
+        self, members: Sequence[str], new: AnyMoments | None, old: AnyMoments | None
+    ) -> torch.Tensor | None:
+        recipe = self._recipe
+        if new is None or recipe.salience_weight == 1.0 or recipe.decorate == "official":
+            return None
+        with self.timed("scores"):
+            return column_weight(recipe.sensitivity, new, old, recipe.percdamp, members[0])
+
+
+def units_of(recipe: Recipe, model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
+    """Unit of each layer for scopes that span layers; empty for scopes within one.
+
+    A layer outside every block is a unit of its own under scope ``layer``.
+    """
+    if recipe.scope == "global":
+        return dict.fromkeys(targets, "model")
+    if recipe.scope == "layer":
+        return {name: block or name for name, block in blocks_of(model, targets).items()}
+    return {}
