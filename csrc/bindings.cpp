@@ -1,0 +1,13 @@
+// The extension module: raw addresses and sizes in, no Torch header, so one build serves any torch.
+// Callers are the `native.py` of each op, which have checked shapes, dtypes and strides.
+#include "modules.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Kernels of tailor_fast in C++; call them through tailor_fast.ops.";
+#ifdef _OPENMP
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
+  tailor_fast::register_codec(module);
+}
