@@ -27,7 +27,8 @@ def accumulate_gram_(
     The result is exactly symmetric and bit-equal from run to run at one thread count.
 
     Args:
-        gram: symmetric sum so far, float32 ``[cols, cols]``; changed in place.
+        gram: symmetric sum so far, float32 ``[cols, cols]``, of which only the lower triangle is
+            read; changed in place.
         x: layer inputs, float32/bfloat16/float16 ``[tokens, cols]``.
         token_mask: bool ``[tokens]``, True where a token counts. None counts all.
         backend: see ``tailor_fast.backends()``.
@@ -38,6 +39,7 @@ def accumulate_gram_(
     Raises:
         TypeError: not a tensor, or another dtype.
         ValueError: wrong shape, device or stride, or an input that requires grad.
+        BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "accumulate_gram_"
     dims: dict[str, int] = {}
@@ -71,6 +73,7 @@ def accumulate_cross_gram_(
     Raises:
         TypeError: not a tensor, or another dtype.
         ValueError: wrong shape, device or stride, or an input that requires grad.
+        BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "accumulate_cross_gram_"
     dims: dict[str, int] = {}
@@ -103,6 +106,7 @@ def accumulate_gram_diag_(
     Raises:
         TypeError: not a tensor, or another dtype.
         ValueError: wrong shape, device or stride, or an input that requires grad.
+        BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "accumulate_gram_diag_"
     dims: dict[str, int] = {}
