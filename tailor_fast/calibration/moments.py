@@ -104,14 +104,17 @@ class MomentSums:
             InputError: an activation is not finite, or the two streams differ in shape.
         """
         x = finite_tokens(self._name, actual, where)
-        if self._inputs is None or self._target_diag is None:
-            self._inputs = _Sums.like(x)
-            self._target_diag = x.new_zeros(x.shape[1], dtype=torch.float32)
         counted = x if token_mask is None else x[token_mask]
+        if self._inputs is None:
+            self._inputs = _Sums.like(x)
+        same = target is None or torch.equal(target, actual)
+        if not same and self._target_diag is None:
+            self._target_diag = self._inputs.gram.diagonal().clone()  # both streams, so far
         self._tokens += counted.shape[0]
         self._inputs.add(counted)
-        if target is None or torch.equal(target, actual):
-            accumulate_gram_diag_(self._target_diag, counted)
+        if target is None or same:
+            if self._target_diag is not None:
+                accumulate_gram_diag_(self._target_diag, counted)
             return
         other = finite_tokens(self._name, target, where)
         if other.shape != x.shape:
@@ -120,7 +123,8 @@ class MomentSums:
                 f" {list(x.shape)} in the other; expected the same"
             )
         other = other if token_mask is None else other[token_mask]
-        accumulate_gram_diag_(self._target_diag, other)
+        if self._target_diag is not None:
+            accumulate_gram_diag_(self._target_diag, other)
         error = other.float() - counted.float()
         if self._errors is None or self._cross is None:
             self._errors = _Sums.like(x)
@@ -130,13 +134,14 @@ class MomentSums:
 
     def finish(self) -> Moments | None:
         """Turn the sums into means, in place; None when no token was counted."""
-        if self._tokens == 0 or self._inputs is None or self._target_diag is None:
+        if self._tokens == 0 or self._inputs is None:
             return None
         inputs, errors, tokens = self._inputs, self._errors, self._tokens
+        diag = self._target_diag
         return Moments(
             gram=inputs.gram.div_(tokens),
             mean=inputs.total.div_(tokens),
-            target_diag=self._target_diag.div_(tokens),
+            target_diag=inputs.gram.diagonal().clone() if diag is None else diag.div_(tokens),
             cross=None if self._cross is None else self._cross.div_(tokens),
             error_gram=None if errors is None else errors.gram.div_(tokens),
             error_mean=None if errors is None else errors.total.div_(tokens),
