@@ -2,14 +2,12 @@
 
 Source of the method: Zhu et al., "Model Tailor", ICML 2024, arXiv 2402.12048.
 
-The names below are imported when they are first used, so that ``import tailor_fast`` costs little
-more than ``import torch``.
+The names below are imported when they are first used: ``import tailor_fast`` costs nothing, and the
+command line answers ``--help`` without torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-import torch  # noqa: F401  what users of the ops have imported anyway; first, for its libraries
 
 from tailor_fast._version import __version__
 

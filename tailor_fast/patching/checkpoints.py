@@ -154,7 +154,11 @@ def _finish(
     tuned = sources.tuned.checkpoint
     for path in tuned.side_files:
         staged.copy_file(path)
-    report = job.report.to_dict()
+    # `verify` looks for the base there.
+    places = {
+        role: str(name.absolute()) for role, name in zip(("base", "tuned"), names, strict=True)
+    }
+    report = {**job.report.to_dict(), "inputs": places}
     staged.add_file(REPORT_NAME, json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
     staged.add_file(PICTURE_NAME, draw_report(report))
     kept = {row.tensor: (row.kept, row.rows * row.cols) for row in job.report.linears}

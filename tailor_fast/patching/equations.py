@@ -35,7 +35,7 @@ class System:
         gram: ``G_p + β' G_q``, fp32 ``[cols, cols]``.
         rhs: ``B - λD``, fp32 ``[rows, cols]``; None stands for ``D @ gram``.
         damping: λ.
-        target_energy: mean squared target, without ``λ|D|²``; a float64 scalar.
+        target_energy: mean squared target, without ``λ|D|²``, a float64 scalar; None without rhs.
         retain_scale: β'; 0 without retention.
     """
 
@@ -76,10 +76,12 @@ def build_system(
     scale = 0.0 if old is None else retain_scale(new, old, retain_weight, damping)
     delta = layer.tuned - layer.base
     shift = _bias_shift(layer.tuned_bias, layer.out_bias)
+    retains = old is not None and scale > 0.0
+    if not retains and new.cross is None and shift is None:
+        return System(new.gram, None, damping, None, 0.0)
     rhs, energy = _answer(layer.tuned, delta, shift, new)
-    if old is None or scale == 0.0:
-        plain = new.cross is None and shift is None
-        return System(new.gram, None if plain else rhs, damping, energy, 0.0)
+    if old is None or not retains:
+        return System(new.gram, rhs, damping, energy, 0.0)
     kept_shift = _bias_shift(layer.base_bias, layer.out_bias)
     kept_rhs, kept_energy = _answer(layer.base, None, kept_shift, old)
     gram = torch.add(new.gram, old.gram, alpha=scale)
