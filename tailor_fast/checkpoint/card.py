@@ -1,0 +1,88 @@
+"""The model card of an output: front matter that model hubs read, the recipe, what was kept."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tailor_fast.checkpoint.sidefiles import CARD_NAME
+
+_LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
+_CARD_LIMIT = 2**20  # characters of a card that are looked at
+
+
+def read_license(directory: Path) -> str | None:
+    """Return the ``license`` of the model card in ``directory``; None when it names none."""
+    path = directory / CARD_NAME
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as card:
+        text = card.read(_CARD_LIMIT)
+    if not text.startswith("---\n"):
+        return None
+    match = _LICENSE.search(text[4:].split("\n---", 1)[0])
+    return None if match is None else match[1]
+
+
+def model_card(
+    *,
+    title: str,
+    base_models: Sequence[str],
+    recipe: Mapping[str, object],
+    kept: Mapping[str, tuple[int, int]],
+    license: str | None = None,  # noqa: A002  the key's name in a card
+    library_name: str = "transformers",
+) -> str:
+    """Return the text of ``README.md``.
+
+    Args:
+        title: heading.
+        base_models: names of BASE and of every TUNED model.
+        recipe: option names and values.
+        kept: per tensor or group of tensors, kept and all weights.
+        license: carried over from TUNED.
+        library_name: what loads the model.
+    """
+    # every JSON string is a YAML string, whatever characters it holds
+    matter = ["---", "base_model:", *(f"- {_quoted(name)}" for name in base_models)]
+    matter += ["base_model_relation: merge", f"library_name: {_quoted(library_name)}"]
+    matter += ["tags:", "- merge", "- model-tailor", "- tailor_fast"]
+    matter += [f"license: {_quoted(license)}"] if license else []
+    body = [
+        f"# {title}",
+        "",
+        "Made by Model Tailor ([arXiv 2402.12048](https://arxiv.org/abs/2402.12048)): of the",
+        "fine-tuned weights, the few listed below were kept and adjusted; every other weight is",
+        "that of the base model.",
+        "",
+        "## Recipe",
+        "",
+        *_table(
+            ("option", "value"),
+            [(name, json.dumps(value, ensure_ascii=False)) for name, value in recipe.items()],
+        ),
+        "",
+        "## Kept weights",
+        "",
+        *_table(("weights", "kept", "of", "%"), _kept_rows(kept)),
+    ]
+    return "\n".join([*matter, "---", "", *body]) + "\n"
+
+
+def _kept_rows(kept: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
+    total = (sum(some for some, _ in kept.values()), sum(every for _, every in kept.values()))
+    rows = [*kept.items(), ("all of these", total)]
+    return [
+        (name, f"{some}", f"{every}", f"{100 * some / every:.2f}" if every else "-")
+        for name, (some, every) in rows
+    ]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return [f"| {' | '.join(line)} |" for line in cells]

@@ -1,0 +1,181 @@
+"""Where the weights of a checkpoint are: one file, or the shards that an index names.
+
+Exactly one source is accepted. Names out of an index are bare file names and are opened relative to
+the directory, so that no index can reach out of it; symbolic links are followed, because a Hugging
+Face cache consists of them.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tailor_fast.checkpoint.errors import (
+    AnyPath,
+    MalformedError,
+    MissingFileError,
+    NotSafetensorsError,
+    listed,
+    quoted,
+)
+from tailor_fast.checkpoint.files import input_error, list_names, open_input, read_exact
+from tailor_fast.checkpoint.header import folded
+from tailor_fast.checkpoint.strict_json import JsonError, Scanner
+
+SUFFIX = ".safetensors"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MAX_INDEX_BYTES = 64 * 2**20
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # a separator or a drive on any system
+_CONVERT = "convert it to safetensors first, with the tool that wrote it"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The weight files of a checkpoint.
+
+    Attributes:
+        directory: where they lie.
+        shards: file names, sorted.
+        weight_map: tensor name to file name; None for a single file.
+        total_size: what the index claims, or None.
+        warnings: a sentence each.
+    """
+
+    directory: Path
+    shards: tuple[str, ...]
+    weight_map: Mapping[str, str] | None = None
+    total_size: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def locate(path: Path) -> Source:
+    """Find the weights of ``path``: a .safetensors file, an index, or a directory with one of them.
+
+    Raises:
+        MissingFileError: nothing there, or a shard of the index is missing.
+        NotSafetensorsError: only pickles are there.
+        MalformedError: two sources, or an index that breaks a rule.
+    """
+    try:
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise input_error(error, path) from error
+    if is_directory:
+        return _in_directory(path, list_names(path))
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_index(path.parent, path.name)
+    if path.suffix in PICKLES:
+        problem = "is a pickle, which may run code when loaded"
+        raise NotSafetensorsError(problem, path=path, remedy=_CONVERT)
+    return Source(path.parent, (path.name,))
+
+
+def _in_directory(directory: Path, names: list[str]) -> Source:
+    sources = [name for name in (SINGLE_NAME, INDEX_NAME) if name in names]
+    if len(sources) == 2:
+        problem = f"must hold one of {SINGLE_NAME} and {INDEX_NAME}; it holds both"
+        remedy = "remove the stale one, or give the file itself"
+        raise MalformedError(problem, path=directory, remedy=remedy)
+    if not sources:
+        _refuse_directory(directory, names)
+    source = (
+        Source(directory, (SINGLE_NAME,))
+        if sources[0] == SINGLE_NAME
+        else _read_index(directory, INDEX_NAME)
+    )
+    stray = [name for name in names if name.endswith(SUFFIX) and name not in source.shards]
+    if not stray:
+        return source
+    warning = f"{directory}: not part of the checkpoint and not read: {listed(stray)}"
+    return Source(
+        directory,
+        source.shards,
+        source.weight_map,
+        source.total_size,
+        (*source.warnings, warning),
+    )
+
+
+def _refuse_directory(directory: Path, names: list[str]) -> None:
+    others = [name for name in names if name.endswith((SUFFIX, INDEX_SUFFIX))]
+    problem = f"must hold {SINGLE_NAME} or {INDEX_NAME}"
+    if others:
+        remedy = "give the file itself"
+        raise MissingFileError(f"{problem}; got {listed(others)}", path=directory, remedy=remedy)
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        problem = f"holds only pickles, which may run code when loaded: {listed(pickles)}"
+        raise NotSafetensorsError(problem, path=directory, remedy=_CONVERT)
+    remedy = "check the path"
+    raise MissingFileError(f"{problem}; it holds neither", path=directory, remedy=remedy)
+
+
+def _read_index(directory: Path, name: str) -> Source:
+    path = directory / name
+    fd = open_input(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > _MAX_INDEX_BYTES:
+            problem = f"index must be at most {_MAX_INDEX_BYTES} bytes; got {size}"
+            raise MalformedError(problem, path=path)
+        raw = bytearray(size)
+        read_exact(fd, memoryview(raw), 0, path)
+    finally:
+        os.close(fd)
+    try:
+        weight_map, total_size = _parse_index(raw.decode("utf-8", "strict"))
+    except UnicodeDecodeError as error:
+        problem = f"index must be UTF-8; got byte {error.object[error.start]:#x}"
+        raise MalformedError(problem, path=path) from None
+    except JsonError as error:
+        raise MalformedError(f"is no valid index: {error}", path=path) from None
+    shards = tuple(sorted(set(weight_map.values())))
+    _check_shards(directory, path, shards)
+    return Source(directory, shards, weight_map, total_size)
+
+
+def _parse_index(text: str) -> tuple[dict[str, str], float | None]:
+    scanner = Scanner(text)
+    weight_map: dict[str, str] = {}
+    total: object = None
+    for key in scanner.members():
+        if key == "weight_map":
+            weight_map = {tensor: scanner.string() for tensor in scanner.members()}
+        elif key == "metadata" and scanner.peek() == "{":
+            for field in scanner.members():
+                value = scanner.value()
+                total = value if field == "total_size" else total
+        else:
+            scanner.value()
+    scanner.end()
+    if not weight_map:
+        raise JsonError("weight_map must map at least one tensor to a file; it is missing or empty")
+    try:  # int, float and string all occur
+        return weight_map, float(total) if isinstance(total, int | float | str) else None
+    except (ValueError, OverflowError):
+        return weight_map, None
+
+
+def _check_shards(directory: Path, index: AnyPath, shards: tuple[str, ...]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        if shard.endswith(PICKLES):
+            problem = f"names the pickle {quoted(shard)}"
+            raise NotSafetensorsError(problem, path=index, remedy=_CONVERT)
+        if _UNSAFE.search(shard) or not shard.endswith(SUFFIX) or shard == SUFFIX:
+            problem = f"a file name must be bare and end in {SUFFIX}; got {quoted(shard)}"
+            raise MalformedError(problem, path=index)
+        first = seen.setdefault(folded(shard), shard)
+        if first != shard:
+            problem = f"file names {quoted(first)} and {quoted(shard)} differ only in case"
+            raise MalformedError(problem, path=index)
+    missing = [shard for shard in shards if not os.path.lexists(directory / shard)]
+    if missing:
+        problem = f"names {len(shards)} files, of which {len(missing)} are missing"
+        remedy = "fetch the missing files"
+        raise MissingFileError(f"{problem}: {listed(missing)}", path=index, remedy=remedy)
