@@ -21,7 +21,7 @@ from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.checkpoint import (
     Checkpoint,
     CheckpointError,
-    TensorHasher,
+    Hashed,
     TensorInfo,
     match_pair,
     open_checkpoint,
@@ -180,14 +180,14 @@ class _Comparison:
         self, output: Output, base: Checkpoint, ours: Checkpoint, result: VerifyResult
     ) -> None:
         self._output = output
-        self._base = base
-        self._ours = ours
+        self._base = Hashed(base)
+        self._ours = Hashed(ours)
         self._result = result
         self._from_tuned = output.report["recipe"]["untouched"] == "tuned"
-        self._buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
 
     def run(self, progress: Progress) -> None:
-        tensors = self._ours.tensors
+        tensors = self._ours.checkpoint.tensors
         patched = self._output.patched
         counted: dict[str, PatchedTensor] = {}
         done_bytes = 0
@@ -214,10 +214,9 @@ class _Comparison:
         changed = bad = 0
         for ours, theirs in self._blocks(info):
             differs = ours.view(word) != theirs.view(word)
-            changed += int(differs.sum())
+            changed += int(torch.count_nonzero(differs))
             if info.torch_dtype is not None and info.torch_dtype.is_floating_point:
-                values = ours.view(info.torch_dtype)[differs]
-                bad += int((~torch.isfinite(values)).sum())
+                bad += _not_finite(ours.view(info.torch_dtype), differs)
         if changed > row["kept"]:
             self._violated(
                 info, f"{changed} of {info.numel} words differ from base; k is {row['kept']}"
@@ -230,7 +229,7 @@ class _Comparison:
         differ = 0
         for ours, theirs in self._blocks(info):
             if not torch.equal(ours, theirs):
-                differ += int((ours != theirs).sum())
+                differ += int(torch.count_nonzero(ours != theirs))
         if self._from_tuned:
             expected = self._output.manifest["inputs"]["tuned"]["tensors"].get(info.name)
             if self._output.manifest["output"]["tensors"][info.name] != expected:
@@ -240,28 +239,31 @@ class _Comparison:
 
     def _blocks(self, info: TensorInfo) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Blocks of both as bytes; at the end their digests are compared with the manifest's."""
-        hashers = [TensorHasher(info.dtype, info.shape) for _ in self._buffers]
-        for begin in range(0, info.nbytes, BLOCK_BYTES):
-            end = min(info.nbytes, begin + BLOCK_BYTES)
-            blocks = []
-            for checkpoint, buffer, hasher in zip(
-                (self._ours, self._base), self._buffers, hashers, strict=True
-            ):
-                checkpoint.read_into(info.name, buffer, begin, end)
-                block = buffer[: end - begin]
-                hasher.update(block)
-                blocks.append(block)
-            yield blocks[0], blocks[1]
-        ours, theirs = (hasher.hexdigest() for hasher in hashers)
+        ours = self._ours.blocks(info.name, self._buffers[0])
+        theirs = self._base.blocks(info.name, self._buffers[1])
+        for (_, left), (_, right) in zip(ours, theirs, strict=True):
+            yield (
+                torch.frombuffer(left, dtype=torch.uint8),
+                torch.frombuffer(right, dtype=torch.uint8),
+            )
         manifest = self._output.manifest
-        if ours != manifest["output"]["tensors"][info.name]:
+        if self._ours.digests[info.name] != manifest["output"]["tensors"][info.name]:
             self._violated(info, "its digest is not the manifest's")
-        if theirs != manifest["inputs"]["base"]["tensors"].get(info.name, theirs):
+        digest = self._base.digests[info.name]
+        if digest != manifest["inputs"]["base"]["tensors"].get(info.name, digest):
             raise InputError(
-                f"{self._base.path}: tensor {info.name!r} is not that of the base that the output"
-                " was made from; give the right --base"
+                f"{self._base.checkpoint.path}: tensor {info.name!r} is not that of the base that"
+                " the output was made from; give the right --base"
             )
 
     def _violated(self, info: TensorInfo, problem: str) -> None:
         path = self._output.path / info.shard
         self._result.violations.append(f"{path}: tensor {info.name!r}: {problem}")
+
+
+def _not_finite(values: torch.Tensor, counted: torch.Tensor) -> int:
+    """How many of the ``counted`` values are NaN or infinite."""
+    ends = torch.stack(torch.aminmax(values))  # NaN if any value is; 35 times as fast as isfinite
+    if bool(torch.isfinite(ends).all()):
+        return 0
+    return int(torch.count_nonzero(~torch.isfinite(values[counted])))

@@ -1,0 +1,79 @@
+"""``tailor-fast calibrate``: a model's statistics on data, to a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tailor_fast.cli.options import BatchOptions, Quietable
+
+if TYPE_CHECKING:
+    from tailor_fast.calibration import CalibrationReport
+
+
+class Kind(StrEnum):
+    """What is kept of each layer's inputs."""
+
+    FULL = "full"
+    DIAG = "diag"
+
+
+class Tokens(StrEnum):
+    """Which tokens count."""
+
+    ALL = "all"
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(BatchOptions, Quietable):
+    """``MODEL --data DATA.jsonl -o STATS``."""
+
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint directory.")]
+    data: Annotated[Path, typer.Option(metavar="DATA.jsonl", help="Samples to run through it.")]
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="STATS", help="File to write.")]
+    kind: Annotated[
+        Kind, typer.Option(help="The whole Gram of each layer's inputs, or its diagonal.")
+    ] = Kind.FULL
+    tokens: Annotated[Tokens, typer.Option(help="Which tokens count.")] = Tokens.ALL
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Take the statistics of MODEL's layers on data, once for any number of recipes."""
+    from tailor_fast import calibration
+    from tailor_fast.cli.progress import shown
+    from tailor_fast.cli.settings import run_options
+
+    with shown(options.quiet) as progress:
+        report = calibration.calibrate(
+            options.model,
+            options.data,
+            options.out,
+            kind=options.kind.value,
+            tokens=options.tokens.value,
+            options=run_options(options),
+            progress=progress,
+        )
+    if not options.quiet:
+        _show(report, options.out)
+
+
+def _show(report: CalibrationReport, out: Path) -> None:
+    from tailor_fast.cli.tables import facts, show, shown_size
+
+    show(
+        facts(
+            {
+                "out": f"{out}, {shown_size(report.bytes)}",
+                "layers": f"{report.layers} in {report.groups} groups with one input each",
+                "uncalled": ", ".join(report.uncalled) or None,
+                "data": f"{report.samples:,} samples, {report.tokens:,} tokens",
+                "time": f"{report.seconds:.1f} s",
+                "notes": "\n".join(report.notes) or None,
+            }
+        )
+    )

@@ -1,0 +1,87 @@
+"""``tailor-fast patch``: two checkpoints in, one out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tailor_fast.cli.plan import PlanOptions, plan
+
+if TYPE_CHECKING:
+    from tailor_fast.patching.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchOptions(PlanOptions):
+    """The options of ``plan``, which ``--dry-run`` runs."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be done, as `plan` does.")
+    ] = False
+
+
+def patch(options: PatchOptions) -> None:
+    """Keep the best few of TUNED's weights, adjusted, on BASE, and write the model to OUT."""
+    if options.dry_run:
+        plan(options)
+        return
+    from tailor_fast.cli.progress import shown
+    from tailor_fast.cli.settings import recipe_of, run_options
+    from tailor_fast.patching.checkpoints import patch_checkpoint
+
+    recipe = recipe_of(options)
+    with shown(options.quiet) as progress:
+        report = patch_checkpoint(
+            options.base,
+            options.tuned,
+            options.out,
+            recipe,
+            calibration=options.calibration,
+            retain=options.retain,
+            statistics=options.statistics,
+            options=run_options(options),
+            progress=progress,
+        )
+    if not options.quiet:
+        _show(report, options.out)
+
+
+def _show(report: Report, out: Path) -> None:
+    from tailor_fast.checkpoint import REPORT_NAME
+    from tailor_fast.cli.tables import facts, share, show
+    from tailor_fast.patching.checkpoints import PICTURE_NAME
+
+    kept = (
+        f"{share(report.kept, report.targeted)}, {report.kept:,} of {report.targeted:,} weights in"
+        f" {len(report.linears)} layers"
+    )
+    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in report.seconds.items())
+    show(
+        facts(
+            {
+                "out": out,
+                "kept": kept,
+                "loss": _losses(report),
+                "time": seconds,
+                "report": out / REPORT_NAME,
+                "picture": out / PICTURE_NAME,
+                "notes": "\n".join(report.notes) or None,
+            }
+        )
+    )
+
+
+def _losses(report: Report) -> str | None:
+    from statistics import median
+
+    rows = [row for row in report.linears if row.loss_reverted]
+    if not rows:
+        return None
+    patch_loss, bare = (
+        median(getattr(row, name) / row.loss_reverted for row in rows)
+        for name in ("loss", "loss_undecorated")
+    )
+    return f"median over layers {patch_loss:.3f} of reverting to base; bare mask {bare:.3f}"

@@ -1,0 +1,127 @@
+"""Options as the library takes them, a ``Recipe`` and ``RunOptions``, or one clear sentence."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailor_fast._core.errors import InputError, UsageError
+from tailor_fast.cli.options import BatchOptions, DataOptions, RecipeOptions
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from tailor_fast.calibration.options import RunOptions
+    from tailor_fast.patching.recipe import Recipe
+
+
+def recipe_of(options: RecipeOptions) -> Recipe:
+    """The recipe file, if there is one, with the options given on top.
+
+    Raises:
+        InputError: the file cannot be read.
+        UsageError: a key or value is not one of a recipe, or options contradict each other.
+    """
+    from pydantic import ValidationError
+
+    from tailor_fast.patching.recipe import Recipe
+
+    given = {
+        field.name: getattr(options, field.name)
+        for field in fields(RecipeOptions)
+        if getattr(options, field.name) is not None
+    }
+    file = given.pop("recipe", None)
+    if "sparsity" in given:
+        if "density" in given:
+            raise UsageError("--density and --sparsity say the same; expected one of them")
+        given["density"] = _density(given.pop("sparsity"))
+    read = {} if file is None else _read_recipe(file, tuple(Recipe.model_fields))
+    try:
+        return Recipe(**{**read, **given})
+    except ValidationError as error:
+        raise UsageError(_sentence(error, file, given.keys())) from None
+
+
+def run_options(options: BatchOptions) -> RunOptions:
+    """How the run is carried out.
+
+    Raises:
+        UsageError: a size or a device that is none.
+    """
+    from tailor_fast.calibration.options import RunOptions
+    from tailor_fast.checkpoint import parse_size
+
+    given: dict[str, Any] = {
+        "samples": options.samples,
+        "max_length": options.max_length,
+        "batch_size": options.batch_size,
+        "max_ram": options.max_ram and parse_size(options.max_ram),
+    }
+    if isinstance(options, DataOptions):
+        given["max_shard_bytes"] = options.out_shard_size and parse_size(options.out_shard_size)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return RunOptions(device=_device(options.device), overwrite=options.overwrite, **chosen)
+
+
+def _density(sparsity: float) -> float:
+    if not 0 <= sparsity <= 1:
+        raise UsageError(f"--sparsity must be in [0, 1]; got {sparsity}")
+    return float(1 - Decimal(repr(sparsity)))  # as written: 1 - 0.9 is 0.1, not 0.09999999999999998
+
+
+def _read_recipe(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        body, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: is not YAML: {error}") from None
+    if body is None or written is None:
+        return {}
+    if not isinstance(body, dict):
+        raise UsageError(f"{path}: expected keys and values; got {type(body).__name__}")
+    unknown = [repr(key) for key in body if key not in known]
+    if unknown:
+        raise UsageError(
+            f"{path}: unknown key {', '.join(unknown)}; the keys of a recipe are {', '.join(known)}"
+        )
+    if len(written.value) != len(body):
+        raise UsageError(f"{path}: a key occurs twice; expected each of them once")
+    return body
+
+
+def _sentence(error: ValidationError, file: Path | None, options: Any) -> str:
+    """The first complaint: where the value comes from, what was expected, what it is."""
+    first = error.errors()[0]
+    problem = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # about several fields
+        return problem
+    name = str(first["loc"][0])
+    where = f"--{name.replace('_', '-')}" if name in options else f"{file}: {name}"
+    return f"{where}: {problem}; got {first['input']!r}"
+
+
+def _device(text: str) -> str:
+    import torch
+
+    if text == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda:N; got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {text} is not there; this machine has {torch.cuda.device_count()} CUDA"
+            " devices; use --device cpu"
+        )
+    return text
