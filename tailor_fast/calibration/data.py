@@ -54,8 +54,9 @@ def read_data(
     """
     samples = read_samples(path)
     found = len(samples)
-    if options.samples is not None:
-        samples = samples[: options.samples]
+    if options.samples is not None and options.samples < found:
+        # Spread over the file: files are often sorted by task.
+        samples = [samples[i * found // options.samples] for i in range(options.samples)]
     batches = make_batches(
         samples,
         load_processor(directory),
@@ -67,6 +68,6 @@ def read_data(
     )
     note = ""
     if len(samples) < found:
-        note = f"{path.name}: the first {len(samples)} of {found} samples are used"
+        note = f"{path.name}: {len(samples)} of {found} samples are used, evenly spaced"
     moved = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     return Data(moved, len(samples), hash_samples(samples), note)

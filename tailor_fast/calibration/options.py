@@ -16,7 +16,7 @@ class RunOptions:
         max_shard_bytes: size of an output file.
         overwrite: replace an existing output, once the new one is complete.
         batch_size: samples in one forward pass.
-        samples: at most so many samples of each data file; None takes all.
+        samples: at most so many samples of each data file, evenly spaced; None takes all.
         max_length: longest sample in tokens.
     """
 
