@@ -103,6 +103,7 @@ def calibrate(
         root = source.root(bytearray(_BUFFER_BYTES))
         names = [target.name for target in find_targets(streamed.model)]
         groups = discover(stream, names, streamed.residency.blocks)
+        streamed.residency.release()
         header = _header(kind, root, read, tokens, groups, streamed)
         staged = stack.enter_context(
             StagedFile(

@@ -12,7 +12,7 @@ class RunOptions:
     Attributes:
         device: where models run and layers are solved, ``cpu`` or ``cuda:N``.
         max_ram: bytes that weights, statistics and activations may take together, beyond the
-            program itself; None sets no limit.
+            program itself and its fixed work buffers (some 150 MiB); None sets no limit.
         max_shard_bytes: size of an output file.
         overwrite: replace an existing output, once the new one is complete.
         batch_size: samples in one forward pass.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -14,20 +15,49 @@ from tailor_fast.models.tokens import TOKEN_MASK
 _DROPPED = ("labels", "decoder_labels", TOKEN_MASK)
 
 
-def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
-    """Return how to call ``model`` on a batch: keywords, positions, or one tensor.
+class _HeadReachedError(Exception):
+    """Ends a forward pass where the output head begins."""
 
-    A transformers model is called without a cache of keys and values: nothing is generated.
+
+def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
+    """Return how to call ``model``, and others of its kind, on a batch.
+
+    A batch is a mapping of keywords, a sequence of positions, or one tensor. A transformers model
+    is called without a cache of keys and values, and only up to its output head: nothing is
+    generated, and the logits of a whole batch are larger than everything else.
     """
     accepts = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in accepts else {}
 
     def call(module: nn.Module, batch: Any) -> object:
-        if isinstance(batch, Mapping):
-            inputs = {key: value for key, value in batch.items() if key not in _DROPPED}
-            return module(**{**extra, **inputs})
-        if isinstance(batch, Sequence):
-            return module(*batch, **extra)
-        return module(batch, **extra)
+        try:
+            with _stopped_at_head(module):
+                if isinstance(batch, Mapping):
+                    inputs = {key: value for key, value in batch.items() if key not in _DROPPED}
+                    return module(**{**extra, **inputs})
+                if isinstance(batch, Sequence):
+                    return module(*batch, **extra)
+                return module(batch, **extra)
+        except _HeadReachedError:
+            return None
 
     return call
+
+
+@contextmanager
+def _stopped_at_head(module: nn.Module) -> Iterator[None]:
+    get_head = getattr(module, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if not isinstance(head, nn.Module):
+        yield
+        return
+
+    def stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        raise _HeadReachedError
+
+    # Before every other hook: the head's weights are not to be loaded either.
+    handle = head.register_forward_pre_hook(stop, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -92,6 +92,11 @@ class Residency:
             for unit in tuple(self._resident):
                 self._drop(unit)
 
+    def release(self) -> None:
+        """Drop what is resident; it is loaded again when it is next entered."""
+        for unit in self._resident - self._permanent:
+            self._drop(unit)
+
     def set(self, name: str, tensor: torch.Tensor) -> None:
         """Let the model run with ``tensor`` for parameter ``name`` from now on.
 

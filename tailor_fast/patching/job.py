@@ -213,6 +213,7 @@ class Job:
             attach(stack, tuned, base, weights.patched)
             self.progress.note("finding the input groups")
             groups = discover(streams.tuned, weights.layers, tuned.residency.blocks)
+            tuned.residency.release()
             self.progress.start(len(groups.sites))
             engine = Engine(solver, groups, streams, by_block=recipe.group == "block")
             if self._old_statistics is not None:

@@ -91,7 +91,7 @@ def make_plan(
         weights=sum(layer.rows * layer.cols for layer in layers),
         kept=sum(layer.kept for layer in layers),
         disk=layout.file_bytes,
-        ram_weights=_resident_weights(sources, recipe) if runs_model else BLOCK_BYTES,
+        ram_weights=_resident_weights(sources, recipe, retains) if runs_model else BLOCK_BYTES,
         ram_solve=max(_solve_bytes(layer, recipe, runs_model, retains) for layer in layers),
         notes=(*sources.notes, *notes),
     )
@@ -101,12 +101,13 @@ def _kept(shape: tuple[int, int], recipe: Recipe) -> int:
     return kept_count(shape[0] * shape[1], recipe.density)
 
 
-def _resident_weights(sources: Sources, recipe: Recipe) -> int:
-    """The largest unit that is resident, once per model that runs."""
+def _resident_weights(sources: Sources, recipe: Recipe, retains: bool) -> int:
+    """The largest unit that is resident, once per model whose passes are in flight."""
     model = skeleton_of(sources.tuned)
     size = run_dtype(model).itemsize
     largest = max(Residency.unit_sizes(model).values(), default=0)
-    models = 1 if recipe.propagate == "none" else 3
+    paired = recipe.propagate == "asymmetric" and recipe.decorate == "exact"
+    models = 1 + paired + retains
     return largest * size * models
 
 

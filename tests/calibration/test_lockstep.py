@@ -12,6 +12,7 @@ from tailor_fast._core.errors import InputError
 from tailor_fast.calibration.groups import discover
 from tailor_fast.calibration.lockstep import Lockstep, Site, Stream
 from tailor_fast.calibration.spill import ActivationSpill
+from tailor_fast.models import caller
 from tests.patching.toys import Toy, pair, token_batches
 
 NAMES = [f"layers.{i}.{name}" for i in range(3) for name in ("gate", "up", "down")]
@@ -211,3 +212,16 @@ def test_a_shared_input_that_is_shared_no_more_is_an_error() -> None:
         list(lockstep.arrive("splits", sites[0]))
         with pytest.raises(InputError, match="b was expected to read the same input as a"):
             list(lockstep.arrive("splits", Site(1)))
+
+
+def test_a_pass_ends_where_the_head_begins() -> None:
+    model = Toy()
+    seen: list[str] = []
+    for name in ("layers.2.down", "head"):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _m, _a, name=name: seen.append(name))
+    call = caller(model)
+    with torch.no_grad():
+        assert call(model, token_batches(1)[0]) is None
+    assert seen == ["layers.2.down"]
+    assert len(model.head._forward_pre_hooks) == 1
