@@ -71,31 +71,43 @@ class Demo:
         paper = ("--sensitivity", "weight", "--decorate", "obs", "--propagate", "none")
         self.row({f"Model Tailor {share}, OBS": partial(self.tailor, "tailored-obs", *paper)})
         retain = ("--retain", str(self.pair.old_data), "--retain-weight")
+        folders = {f"tailor_fast {share}, retain {w:g}": f"tailored-{w:g}" for w in RETAIN_WEIGHTS}
         self.row(
             {
-                f"tailor_fast {share}, retain {w:g}": partial(
-                    self.tailor, f"tailored-{w:g}", *retain, f"{w:g}"
-                )
-                for w in RETAIN_WEIGHTS
+                name: partial(self.tailor, folder, *retain, f"{w:g}")
+                for (name, folder), w in zip(folders.items(), RETAIN_WEIGHTS, strict=True)
             },
             ours=True,
         )
+        self.verify(self.work / folders[self.rows[-1].name])
 
     def tailor(self, folder: str, *options: str) -> Any:
         """Run ``tailor-fast patch`` into ``folder`` and load what it wrote."""
-        program = Path(sys.executable).with_name("tailor-fast")
         out = self.work / folder
         arguments = [
             *("patch", str(self.pair.base.folder), str(self.pair.tuned.folder), "-o", str(out)),
             *("--calibration", str(self.pair.new_data), "--density", str(self.density)),
             *(*options, "--batch-size", "64", "--overwrite"),
         ]
-        self.say(f"$ tailor-fast {' '.join(arguments)}")
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"tailor-fast ended with {done.returncode}: {done.stderr.strip()}")
+        self._command(*arguments)
         evaluation.check_processor(out, self._tasks())
         return tinyllava.load(out)
+
+    def verify(self, out: Path) -> None:
+        """Let ``tailor-fast verify`` prove what was written; say where report and picture are."""
+        print(self._command("verify", str(out)).rstrip())
+        print(f"report     {out / 'tailor_report.json'}")
+        print(f"picture    {out / 'tailor_report.png'}", flush=True)
+
+    def _command(self, *arguments: str) -> str:
+        """Run the console script; returns what it printed."""
+        self.say(f"$ tailor-fast {' '.join(arguments)}")
+        program = Path(sys.executable).with_name("tailor-fast")
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = (done.stderr or done.stdout).strip()
+            raise SystemExit(f"tailor-fast ended with {done.returncode}: {said}")
+        return done.stdout
 
     def row(self, candidates: Mapping[str, Callable[[], Any]], *, ours: bool = False) -> None:
         """Make every candidate and add the one with the best H-mean on validation scenes."""

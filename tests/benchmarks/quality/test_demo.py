@@ -15,7 +15,7 @@ from tests.benchmarks.quality.conftest import QUICK
 # Stands in for the console script: writes what it was called with, then copies TUNED to OUT.
 PROGRAM = """#!/bin/sh
 echo "$@" > "$(dirname "$0")/called"
-cp -r "$3" "$5"
+[ "$1" = verify ] || cp -r "$3" "$5"
 """
 
 
