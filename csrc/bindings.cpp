@@ -10,4 +10,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("openmp") = false;
 #endif
   tailor_fast::register_codec(module);
+  tailor_fast::register_decorate(module);
+  tailor_fast::register_gram(module);
+  tailor_fast::register_select(module);
 }

@@ -36,3 +36,120 @@ def codec_apply(
     word_count: int,
     threads: int,
 ) -> tuple[str, int, int, int] | None: ...
+def instruction_set() -> str: ...
+def decorate_exact(
+    delta: int,
+    mask: int,
+    rhs: int,
+    gram: int,
+    rows: int,
+    cols: int,
+    damping: float,
+    tol: float,
+    max_iterations: int,
+    patch: int,
+    stats: int,
+    threads: int,
+) -> None: ...
+def decorate_rise(
+    error: int,
+    step: int,
+    mask: int,
+    gram: int,
+    rows: int,
+    cols: int,
+    damping: float,
+    wide: bool,
+    rise: int,
+    threads: int,
+) -> None: ...
+def decorate_sweep(
+    weight: int,
+    weight_stride: int,
+    mask: int,
+    mask_stride: int,
+    target: int,
+    target_stride: int,
+    factor: int,
+    diagonal: int,
+    errors: int,
+    errors_stride: int,
+    rows: int,
+    width: int,
+    first: int,
+    last: int,
+    threads: int,
+) -> None: ...
+def decorate_score(
+    weight: int,
+    weight_stride: int,
+    salience: int,
+    squares: int,
+    score: int,
+    rows: int,
+    width: int,
+    salience_weight: float,
+    sensitivity_weight: float,
+    guarded: bool,
+    threads: int,
+) -> None: ...
+
+GRAM_DIAGONAL_TOKENS: int
+
+def gram_convert(
+    x: int,
+    kind: int,
+    cols: int,
+    index: int,
+    first: int,
+    count: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def gram_add_diagonal(
+    diag: int,
+    x: int,
+    kind: int,
+    cols: int,
+    index: int,
+    count: int,
+    sums: int,
+    threads: int,
+) -> None: ...
+
+# Addresses of base, tuned, column_weight (0: none); rows, cols; numbers of dtype and terms;
+# salience_weight; number of normalize; address of the affine (0: measured).
+_Pair = tuple[int, int, int, int, int, int, int, float, int, int]
+# Linear index of the first score that does not exist, and what is there instead.
+_Fault = tuple[int, float] | None
+
+def select_mask(
+    pair: _Pair,
+    unit_rows: int,
+    unit_cols: int,
+    k: int,
+    last_k: int,
+    mask: int,
+    isa: str,
+    threads: int,
+    stream_from: int,
+    budget_part: int,
+    bracket: tuple[float, float] | None,
+) -> tuple[_Fault, int, int]: ...
+def select_count(
+    pair: _Pair,
+    prefix: int | None,
+    low: int,
+    high: int,
+    counts: int,
+    keys: int,
+    isa: str,
+    threads: int,
+) -> tuple[_Fault, int, int]: ...
+def select_mark(
+    pair: _Pair, threshold: int, ties: int, mask: int, isa: str, threads: int
+) -> tuple[_Fault, int]: ...
+def select_affine(pair: _Pair, affine: int, isa: str, threads: int) -> _Fault: ...
+def select_scores(pair: _Pair, scores: int, isa: str, threads: int) -> _Fault: ...
+def select_instruction_sets() -> list[str]: ...
+def read_probe(arrays: list[int], words: int, threads: int) -> int: ...

@@ -19,7 +19,7 @@ from tailor_fast.ops.decorate.values import (
     damping_of,
 )
 
-ORDER: Order = {"cpu": ("reference",), "cuda": ("reference",)}
+ORDER: Order = {"cpu": ("native", "reference"), "cuda": ("reference",)}
 
 Tensor = torch.Tensor
 Losses = tuple[Tensor, Tensor, Tensor, Tensor]

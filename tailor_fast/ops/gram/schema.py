@@ -5,7 +5,7 @@ import torch
 from tailor_fast._core.backend import Order, implementation
 from tailor_fast._core.library import register
 
-ORDER: Order = {"cpu": ("reference",), "cuda": ("reference",)}
+ORDER: Order = {"cpu": ("native", "reference"), "cuda": ("reference",)}
 
 
 def _gram(gram: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, backend: str) -> None:

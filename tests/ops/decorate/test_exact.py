@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, reference
+from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, native, reference
 from tailor_fast.ops.decorate.api import TOL
 from tailor_fast.ops.decorate.reference import cg, exact
 from tailor_fast.testing import assert_within
@@ -228,7 +228,7 @@ def test_a_step_that_makes_it_worse_is_not_taken(monkeypatch) -> None:
         return torch.where(keep, step, 0), 1
 
     monkeypatch.setattr(exact, "conjugate_gradients", astray)
-    result = decorate_exact(*problem)
+    result = decorate_exact(*problem, backend="reference")
     moved = (result.patch != bare(problem)).any(1)
     assert torch.equal(moved, torch.arange(12) % 2 == 0)
     assert result.loss < result.loss_undecorated
@@ -284,6 +284,7 @@ def test_rows_do_not_depend_on_their_neighbours(monkeypatch, right_side: bool) -
 
     whole = solve(slice(None))
     monkeypatch.setattr(reference, "EXACT_TILE", 7 * 48)
+    monkeypatch.setattr(native, "TILE", 7 * 48)
     monkeypatch.setattr(cg, "_PANEL", 13)
     tiled = solve(slice(None))
     alone = [solve(slice(row, row + 1)) for row in range(61)]

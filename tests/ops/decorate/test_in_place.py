@@ -10,6 +10,7 @@ from tailor_fast.ops.decorate import (
     decorate_obs_,
     decorate_official,
     decorate_official_,
+    native,
     reference,
 )
 
@@ -45,6 +46,7 @@ def check(weight, base, mask, patch, before) -> None:
 def _many_tiles(monkeypatch) -> None:
     monkeypatch.setattr(reference, "EXACT_TILE", 10 * 150)
     monkeypatch.setattr(reference, "OBS_TILE", 10 * 150)
+    monkeypatch.setattr(native, "TILE", 10 * 150)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailor_fast.ops.decorate import Decorated, decorate_obs, reference
+from tailor_fast.ops.decorate import Decorated, decorate_obs, native, reference
 from tailor_fast.ops.decorate.reference import sweep as sweep_module
 from tailor_fast.testing import assert_within
 
@@ -100,6 +100,7 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
 
 def test_tiles_and_panels(monkeypatch) -> None:
     monkeypatch.setattr(reference, "OBS_TILE", 3 * 300)
+    monkeypatch.setattr(native, "TILE", 3 * 300)
     monkeypatch.setattr(sweep_module, "_PANEL", 70)
     check(drawn(8, 300, 600, 0.3, 1.0, 4), 0.01)
 

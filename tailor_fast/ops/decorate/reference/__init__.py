@@ -5,9 +5,7 @@ memory beside the result does not grow with the number of rows, and the in-place
 code on the same tiles. ``official`` chooses its mask over all rows of a block and needs them all.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 
@@ -15,6 +13,15 @@ from tailor_fast.ops.decorate.reference.cg import System
 from tailor_fast.ops.decorate.reference.exact import solve_rows
 from tailor_fast.ops.decorate.reference.official import decorate_official_
 from tailor_fast.ops.decorate.reference.sweep import energy, factorize, sweep_rows
+from tailor_fast.ops.decorate.tiles import (
+    Load,
+    Losses,
+    Store,
+    as_losses,
+    in_place,
+    row_tiles,
+    warn_of_unproved,
+)
 
 __all__ = [
     "decorate_exact",
@@ -28,19 +35,6 @@ __all__ = [
 # each word of the Gram that is read still serves 1024 flops. obs: 32 MiB per fp32 copy.
 EXACT_TILE = 1 << 21
 OBS_TILE = 1 << 23
-
-_log = logging.getLogger("tailor_fast")
-
-Load = Callable[[slice], torch.Tensor]
-Store = Callable[[slice, torch.Tensor], None]
-Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _tiles(mask: torch.Tensor, elements: int) -> Iterator[slice]:
-    rows, cols = mask.shape
-    step = max(1, elements // max(1, cols))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def decorate_exact(
@@ -71,7 +65,7 @@ def decorate_exact_(
     max_iterations: int,
 ) -> Losses:
     """``decorate_exact`` written into the tuned ``weight``; returns the losses."""
-    load, store = _in_place(weight, base, mask)
+    load, store = in_place(weight, base, mask)
     return _exact(load, store, mask, gram, rhs, target_energy, damping, tol, max_iterations)
 
 
@@ -91,20 +85,7 @@ def decorate_obs_(
     percdamp: float,
 ) -> Losses:
     """``decorate_obs`` written into the tuned ``weight``; returns the losses."""
-    return _obs(*_in_place(weight, base, mask), mask, gram, percdamp)
-
-
-def _in_place(weight: torch.Tensor, base: torch.Tensor, mask: torch.Tensor) -> tuple[Load, Store]:
-    """Read rows of the delta, write rows of ``base + patch``; words outside the mask are base's."""
-
-    def load(rows: slice) -> torch.Tensor:
-        return weight[rows].float() - base[rows]
-
-    def store(rows: slice, patch: torch.Tensor) -> None:
-        changed = (base[rows] + patch).to(weight.dtype)
-        weight[rows] = torch.where(mask[rows], changed, base[rows])
-
-    return load, store
+    return _obs(*in_place(weight, base, mask), mask, gram, percdamp)
 
 
 def _exact(
@@ -123,23 +104,15 @@ def _exact(
     if rhs is not None:
         losses += math.nan if target_energy is None else target_energy
     iterations = unproved = 0
-    for rows in _tiles(mask, EXACT_TILE):
+    for rows in row_tiles(mask, EXACT_TILE):
         tile_rhs = None if rhs is None else rhs[rows]
         tile = solve_rows(system, load(rows), mask[rows], tile_rhs, tol, max_iterations)
         store(rows, tile.patch)
         losses += tile.losses
         iterations = max(iterations, tile.iterations)
         unproved += tile.unproved
-    if unproved:
-        _log.warning(
-            "decorate_exact: %d of %d rows ended without proof that their loss is within %g of the"
-            " minimum; more damping or more than %d iterations would help",
-            unproved,
-            len(mask),
-            tol,
-            max_iterations,
-        )
-    return _as_losses(losses, iterations)
+    warn_of_unproved(unproved, len(mask), tol, max_iterations)
+    return as_losses(losses, iterations)
 
 
 def _obs(
@@ -147,16 +120,11 @@ def _obs(
 ) -> Losses:
     factor = factorize(gram, percdamp)
     losses = gram.new_zeros(3, dtype=torch.float64)
-    for rows in _tiles(mask, OBS_TILE):
+    for rows in row_tiles(mask, OBS_TILE):
         delta = load(rows)
         undecorated = energy(delta.masked_fill(mask[rows], 0), gram, factor.damping)
         reverted = energy(delta, gram, factor.damping)
         patch, loss = sweep_rows(factor, delta, mask[rows])
         store(rows, patch)
         losses += torch.stack([loss, undecorated, reverted])
-    return _as_losses(losses, iterations=0)
-
-
-def _as_losses(losses: torch.Tensor, iterations: int) -> Losses:
-    loss, undecorated, reverted = (value.clone() for value in losses)
-    return loss, undecorated, reverted, torch.tensor(iterations, device=losses.device)
+    return as_losses(losses, iterations=0)

@@ -6,17 +6,13 @@ is contiguous. Eleven of twelve recorded runs of theirs come out bit for bit on 
 many threads; the other one, whose last block is one column wide, to one rounding.
 """
 
-import logging
 import math
 
 import torch
 
 from tailor_fast.ops.decorate.inputs import OfficialOptions
+from tailor_fast.ops.decorate.official import LinAlgError, no_factor, warn_of_undefined
 from tailor_fast.ops.decorate.reference.sweep import sweep_columns
-
-_log = logging.getLogger("tailor_fast")
-
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # no stub
 
 
 def decorate_official_(
@@ -61,12 +57,7 @@ def decorate_official_(
         working[start + options.block_size :].addmm_(
             upper[block, start + options.block_size :].T, errors
         )
-    if int(undefined):
-        _log.warning(
-            "decorate_official: %d scores are not a number (rows without any delta in a block, or a"
-            " block of one column); the weights are kept, as in the authors' code",
-            int(undefined),
-        )
+    warn_of_undefined(int(undefined))
     return kept, losses.sum().double()
 
 
@@ -80,10 +71,7 @@ def _factorize(gram: torch.Tensor, percdamp: float) -> torch.Tensor:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     except LinAlgError as error:
-        raise LinAlgError(
-            f"decorate_official: gram must be positive definite at percdamp {percdamp:g}; got"
-            f" {error}. Hint: a larger percdamp, or decorate_exact"
-        ) from error
+        raise no_factor(error, percdamp) from error
     return upper
 
 

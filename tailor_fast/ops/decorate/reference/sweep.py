@@ -8,22 +8,16 @@ later column moves by ``-e_j U_j``. The objective of the result is the sum of th
 Work is on the transpose ``[cols, rows]``, in which a column of the weight is contiguous.
 """
 
-import logging
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from tailor_fast._core.checks import fail
+from tailor_fast.ops.decorate.ladder import climb
 from tailor_fast.ops.decorate.values import damping_of
-
-_log = logging.getLogger("tailor_fast")
 
 BLOCK = 128  # columns swept one by one before one GEMM carries them to the rest
 _PANEL = 1024  # columns of the Gram that one GEMM of an energy takes
-_MAX_PERCDAMP = 0.1
-_FIRST_PERCDAMP = 1e-3  # where the ladder starts when the caller asked for less
 
 
 def sweep_columns(
@@ -64,39 +58,15 @@ def factorize(gram: torch.Tensor, percdamp: float) -> ObsFactor:
     """Factorise the inverse of the damped Gram without forming it.
 
     ``H = R R^T`` with ``R`` upper triangular comes from one Cholesky factorisation of ``H`` with
-    its rows and columns in reverse order, and ``U = R^-1``. When that fails in float32 it is done
-    in float64, then with ten times the damping up to 0.1 of the mean diagonal; each is logged.
+    its rows and columns in reverse order, and ``U = R^-1``. Where that fails see ``climb``.
 
     Raises:
         ValueError: not positive definite even then.
     """
     if damping_of(gram, 1.0) == 0.0:  # inputs that were never seen: H = 0, nothing costs anything
         return ObsFactor(torch.diag(gram.new_full((len(gram),), math.inf)), 0.0)
-    for dtype, share in _attempts(percdamp):
-        damping = damping_of(gram, share)
-        upper = _inverse_factor(gram, damping, dtype)
-        if upper is not None:
-            break
-        _log.warning("decorate_obs: no Cholesky factor in %s at percdamp %g", dtype, share)
-    else:
-        fail(
-            "decorate_obs",
-            "gram",
-            "positive definite with damping",
-            f"a failed Cholesky factorisation at percdamp {share:g}",
-            "a mean of outer products is; was it accumulated and divided in full?",
-        )
-    if (dtype, share) != (torch.float32, percdamp):
-        _log.warning("decorate_obs: factorised in %s at percdamp %g", dtype, share)
+    upper, damping = climb(gram, percdamp, _inverse_factor)
     return ObsFactor(upper.float(), damping)
-
-
-def _attempts(percdamp: float) -> Iterator[tuple[torch.dtype, float]]:
-    yield torch.float32, percdamp
-    yield torch.float64, percdamp
-    while percdamp < _MAX_PERCDAMP:
-        percdamp = min(max(10 * percdamp, _FIRST_PERCDAMP), _MAX_PERCDAMP)
-        yield torch.float64, percdamp
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float, dtype: torch.dtype) -> torch.Tensor | None:

@@ -1,0 +1,104 @@
+// The kernels of `decorate` that exist once per instruction set, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+namespace tailor_fast::decorate {
+
+// A_KK of one row, packed: its strictly lower triangle by panels of kPanel rows. All rows of a panel
+// are as long as its last one, rounded up to kPad, and zero beyond their own entries; the same holds
+// for the rows past the last one. So a matrix-vector product reads each entry once and uses it twice,
+// for itself and its mirror image.
+constexpr int64_t kPanel = 4;
+constexpr int64_t kPad = 16;  // floats; the widest vector
+
+constexpr int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
+constexpr int64_t panel_length(int64_t panel) { return padded((panel + 1) * kPanel); }
+
+// Floats of the first `panels` panels: lengths grow by kPad every kPad / kPanel panels.
+constexpr int64_t panels_size(int64_t panels) {
+  const int64_t step = kPad / kPanel, full = panels / step;
+  return kPanel * kPad * (full + 1) * (step * full / 2 + panels % step);
+}
+
+// Floats of a packed matrix of `size` rows.
+constexpr int64_t packed_size(int64_t size) { return panels_size((size + kPanel - 1) / kPanel); }
+
+// What one solve works on. Vectors have padded(size) elements and are zero beyond `size`.
+template <typename Real>
+struct Solve {
+  const float* packed;
+  const Real* diagonal;  // of A, damping included
+  const Real* inverse;   // of `diagonal`, 0 where that is 0
+  Real* residual;        // overwritten
+  Real* step;            // the result
+  Real* direction;       // scratch, as the next
+  Real* product;
+  int64_t size;
+  Real target;  // squared norm of the residual at which to end
+  int64_t max_iterations;
+};
+
+// One block of columns for the sweeps. All arrays are row-major; strides are in elements.
+struct Sweep {
+  float* weight;  // [rows, width], moved in place
+  int64_t weight_stride;
+  const uint8_t* mask;  // [rows, width]: a weight with 0 is settled at the target
+  int64_t mask_stride;
+  const float* target;  // [rows, width], or null for 0
+  int64_t target_stride;
+  const float* factor;    // [width, padded(width)]: strictly upper triangle, signed, zero elsewhere
+  const float* diagonal;  // [width]
+  float* errors;          // [rows, width]; columns [first, last) are written
+  int64_t errors_stride;
+  int64_t width;
+  int64_t first;  // columns [first, last) are settled
+  int64_t last;
+};
+
+// The fused score of the authors' code for one block. A row whose std is 0 has NaN or, guarded, 0.
+struct Score {
+  const float* weight;  // [rows, width], as it stands now
+  int64_t weight_stride;
+  const float* salience;  // [rows, width]
+  const float* squares;   // [width]: U_jj squared
+  float* score;           // [rows, width]
+  int64_t width;
+  float salience_weight;
+  float sensitivity_weight;
+  bool guarded;
+};
+
+struct Kernels {
+  const char* name;
+  // sums[k] += dot product of x[rows[k]] and `a`, which is float32 at any address. In float64, or in
+  // float32 to the end of the product.
+  void (*dots_double)(const double* x, int64_t stride, const int32_t* rows, int64_t count,
+                      const void* a, int64_t size, double* sums);
+  void (*dots_float)(const float* x, int64_t stride, const int32_t* rows, int64_t count,
+                     const void* a, int64_t size, double* sums);
+  // y = A x.
+  void (*multiply)(const float* packed, const double* diagonal, const double* x, double* y,
+                   int64_t size);
+  // Preconditioned conjugate gradients; returns the number of iterations.
+  int64_t (*solve_float)(const Solve<float>& solve);
+  int64_t (*solve_double)(const Solve<double>& solve);
+  // Settles the columns of rows [begin, end), with `row` scratch of padded(width) floats.
+  void (*sweep)(const Sweep& sweep, int64_t begin, int64_t end, float* row);
+  void (*score)(const Score& score, int64_t begin, int64_t end, float* row);
+};
+
+// The fastest that this CPU runs.
+const Kernels& kernels();
+
+}  // namespace tailor_fast::decorate
+
+namespace tailor_fast::avx512 {
+extern const decorate::Kernels kDecorate;
+}
+namespace tailor_fast::avx2 {
+extern const decorate::Kernels kDecorate;
+}
+namespace tailor_fast::portable {
+extern const decorate::Kernels kDecorate;
+}

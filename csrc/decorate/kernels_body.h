@@ -1,0 +1,227 @@
+// The kernels themselves, compiled once per instruction set by the files beside this one.
+#include "common/simd.h"
+#include "decorate/kernels.h"
+
+TAILOR_FAST_KERNELS_BEGIN
+
+using decorate::kPanel;
+using decorate::padded;
+using decorate::panel_length;
+
+// Dot products of `count` vectors with `a`: its conversion serves them all.
+template <typename Real, int64_t count>
+TAILOR_FAST_INLINE void some_dots(const Real* const* x, const char* a, int64_t size,
+                                  double* totals) {
+  typedef typename Of<Real>::Vector Vector;
+  constexpr int64_t width = Of<Real>::kWidth;
+  Vector sums[count][2] = {};
+  int64_t i = 0;
+  for (; i + 2 * width <= size; i += 2 * width) {
+    const Vector low = Of<Real>::widen(a + i * 4), high = Of<Real>::widen(a + (i + width) * 4);
+    for (int64_t k = 0; k < count; ++k) {
+      sums[k][0] = fused(load_vector<Vector>(x[k] + i), low, sums[k][0]);
+      sums[k][1] = fused(load_vector<Vector>(x[k] + i + width), high, sums[k][1]);
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) totals[k] += sum_lanes(sums[k][0] + sums[k][1]);
+  for (; i < size; ++i) {
+    float value;
+    __builtin_memcpy(&value, a + i * 4, sizeof(value));
+    for (int64_t k = 0; k < count; ++k) totals[k] += static_cast<double>(x[k][i]) * static_cast<double>(value);
+  }
+}
+
+template <typename Real>
+TAILOR_FAST_INLINE void all_dots(const Real* x, int64_t stride, const int32_t* rows, int64_t count,
+                                 const void* floats, int64_t size, double* sums) {
+  const auto* a = static_cast<const char*>(floats);
+  constexpr int64_t together = 4;
+  int64_t k = 0;
+  for (; k + together <= count; k += together) {
+    const Real* some[together];
+    for (int64_t t = 0; t < together; ++t) some[t] = x + rows[k + t] * stride;
+    some_dots<Real, together>(some, a, size, sums + k);
+  }
+  for (; k < count; ++k) {
+    const Real* one = x + rows[k] * stride;
+    some_dots<Real, 1>(&one, a, size, sums + k);
+  }
+}
+
+static void dots_double(const double* x, int64_t stride, const int32_t* rows, int64_t count,
+                        const void* a, int64_t size, double* sums) {
+  all_dots<double>(x, stride, rows, count, a, size, sums);
+}
+
+static void dots_float(const float* x, int64_t stride, const int32_t* rows, int64_t count,
+                       const void* a, int64_t size, double* sums) {
+  all_dots<float>(x, stride, rows, count, a, size, sums);
+}
+
+// y = A x; all arrays are padded.
+template <typename Real>
+TAILOR_FAST_INLINE void packed_multiply(const float* packed, const Real* diagonal, const Real* x,
+                                        Real* y, int64_t size) {
+  typedef typename Of<Real>::Vector Vector;
+  constexpr int64_t width = Of<Real>::kWidth;
+  for (int64_t i = 0; i < padded(size); ++i) y[i] = diagonal[i] * x[i];
+  for (int64_t panel = 0; panel * kPanel < size; ++panel) {
+    const int64_t row = panel * kPanel, length = panel_length(panel);
+    Vector sums[kPanel] = {}, heads[kPanel];
+    for (int64_t k = 0; k < kPanel; ++k) heads[k] = Of<Real>::all(x[row + k]);
+    for (int64_t i = 0; i < length; i += width) {
+      const Vector xs = load_vector<Vector>(x + i);
+      Vector ys = load_vector<Vector>(y + i);
+      for (int64_t k = 0; k < kPanel; ++k) {
+        const Vector a = Of<Real>::widen(packed + k * length + i);
+        sums[k] = fused(a, xs, sums[k]);
+        ys = fused(a, heads[k], ys);
+      }
+      store_vector(y + i, ys);
+    }
+    for (int64_t k = 0; k < kPanel; ++k) y[row + k] += sum_lanes(sums[k]);
+    packed += kPanel * length;
+  }
+}
+
+static void multiply_double(const float* packed, const double* diagonal, const double* x, double* y,
+                            int64_t size) {
+  packed_multiply<double>(packed, diagonal, x, y, size);
+}
+
+template <typename Real>
+TAILOR_FAST_INLINE Real dot_padded(const Real* a, const Real* b, int64_t size) {
+  typedef typename Of<Real>::Vector Vector;
+  constexpr int64_t width = Of<Real>::kWidth;
+  Vector sums = {};
+  for (int64_t i = 0; i < padded(size); i += width) {
+    sums = fused(load_vector<Vector>(a + i), load_vector<Vector>(b + i), sums);
+  }
+  return sum_lanes(sums);
+}
+
+template <typename Real>
+TAILOR_FAST_INLINE int64_t conjugate_gradients(const decorate::Solve<Real>& s) {
+  typedef typename Of<Real>::Vector Vector;
+  constexpr int64_t width = Of<Real>::kWidth;
+  const int64_t end = padded(s.size);
+  Real energy = 0;
+  for (int64_t i = 0; i < end; ++i) {
+    s.step[i] = 0;
+    s.direction[i] = s.residual[i] * s.inverse[i];
+  }
+  energy = dot_padded(s.residual, s.direction, s.size);
+  if (!(dot_padded(s.residual, s.residual, s.size) > s.target)) return 0;
+  for (int64_t iteration = 0; iteration < s.max_iterations; ++iteration) {
+    packed_multiply<Real>(s.packed, s.diagonal, s.direction, s.product, s.size);
+    const Real curvature = dot_padded(s.direction, s.product, s.size);
+    if (!(curvature > 0)) return iteration + 1;  // rounding, or a Gram that is not one
+    const Real length = energy / curvature;
+    const Vector lengths = Of<Real>::all(length);
+    Vector squares = {}, energies = {};
+    for (int64_t i = 0; i < end; i += width) {
+      const Vector direction = load_vector<Vector>(s.direction + i);
+      store_vector(s.step + i, fused(lengths, direction, load_vector<Vector>(s.step + i)));
+      const Vector product = load_vector<Vector>(s.product + i);
+      const Vector residual = fused(-lengths, product, load_vector<Vector>(s.residual + i));
+      store_vector(s.residual + i, residual);
+      squares = fused(residual, residual, squares);
+      energies = fused(residual * residual, load_vector<Vector>(s.inverse + i), energies);
+    }
+    if (!(sum_lanes(squares) > s.target)) return iteration + 1;
+    const Real next = sum_lanes(energies);
+    const Vector ratio = Of<Real>::all(next / energy);
+    energy = next;
+    for (int64_t i = 0; i < end; i += width) {
+      const Vector scaled = load_vector<Vector>(s.residual + i) * load_vector<Vector>(s.inverse + i);
+      store_vector(s.direction + i, fused(ratio, load_vector<Vector>(s.direction + i), scaled));
+    }
+  }
+  return s.max_iterations;
+}
+
+static int64_t solve_float(const decorate::Solve<float>& s) { return conjugate_gradients(s); }
+static int64_t solve_double(const decorate::Solve<double>& s) { return conjugate_gradients(s); }
+
+static void sweep_rows(const decorate::Sweep& s, int64_t begin, int64_t end, float* row) {
+  const int64_t stride = padded(s.width);
+  for (int64_t i = s.width; i < stride; ++i) row[i] = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    float* weight = s.weight + r * s.weight_stride;
+    const uint8_t* mask = s.mask + r * s.mask_stride;
+    const float* target = s.target == nullptr ? nullptr : s.target + r * s.target_stride;
+    float* errors = s.errors + r * s.errors_stride;
+    __builtin_memcpy(row, weight, s.width * sizeof(float));
+    for (int64_t j = s.first; j < s.last; ++j) {
+      errors[j] = 0;
+      if (mask[j] != 0) continue;
+      const float error = (row[j] - (target == nullptr ? 0.0f : target[j])) / s.diagonal[j];
+      errors[j] = error;
+      const Floats errors_j = Of<float>::all(error);
+      const float* factor = s.factor + j * stride;
+      for (int64_t i = j / kLanes * kLanes; i < stride; i += kLanes) {
+        const Floats moved =
+            fused(errors_j, load_vector<Floats>(factor + i), load_vector<Floats>(row + i));
+        store_vector(row + i, moved);
+      }
+    }
+    __builtin_memcpy(weight, row, s.width * sizeof(float));
+  }
+}
+
+// z = (x - mean) / std, unbiased; 1 / std and the mean in float64. One element has no std.
+struct Moments {
+  double mean;
+  double std;
+};
+
+static Moments moments(const float* x, int64_t size) {
+  constexpr int64_t width = kDoubleLanes;
+  Doubles sums = {}, squares = {};
+  int64_t i = 0;
+  for (; i + width <= size; i += width) sums += Of<double>::widen(x + i);
+  double total = sum_lanes(sums);
+  for (int64_t k = i; k < size; ++k) total += x[k];
+  const double mean = total / size;
+  const Doubles means = Of<double>::all(mean);
+  for (i = 0; i + width <= size; i += width) {
+    const Doubles far = Of<double>::widen(x + i) - means;
+    squares = fused(far, far, squares);
+  }
+  double square = sum_lanes(squares);
+  for (; i < size; ++i) square += (x[i] - mean) * (x[i] - mean);
+  return {mean, __builtin_sqrt(square / static_cast<double>(size - 1))};
+}
+
+static void score_rows(const decorate::Score& s, int64_t begin, int64_t end, float* row) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* weight = s.weight + r * s.weight_stride;
+    const float* salience = s.salience + r * s.width;
+    float* score = s.score + r * s.width;
+    for (int64_t j = 0; j < s.width; ++j) row[j] = weight[j] * weight[j] / s.squares[j];
+    const float* parts[] = {salience, row};
+    const float weights[] = {s.salience_weight, s.sensitivity_weight};
+    for (int64_t j = 0; j < s.width; ++j) score[j] = 0;
+    for (int part = 0; part < 2; ++part) {
+      const Moments m = moments(parts[part], s.width);
+      if (s.guarded && !(m.std > 0)) continue;
+      const auto mean = static_cast<float>(m.mean), std = static_cast<float>(m.std);
+      const float* x = parts[part];
+      for (int64_t j = 0; j < s.width; ++j) score[j] += weights[part] * ((x[j] - mean) / std);
+    }
+  }
+}
+
+#define TAILOR_FAST_NAME(isa) TAILOR_FAST_QUOTE(isa)
+#define TAILOR_FAST_QUOTE(isa) #isa
+extern const decorate::Kernels kDecorate;
+const decorate::Kernels kDecorate = {TAILOR_FAST_NAME(TAILOR_FAST_ISA),
+                                     &dots_double,
+                                     &dots_float,
+                                     &multiply_double,
+                                     &solve_float,
+                                     &solve_double,
+                                     &sweep_rows,
+                                     &score_rows};
+
+TAILOR_FAST_KERNELS_END

@@ -1,0 +1,2 @@
+#define TAILOR_FAST_PORTABLE
+#include "decorate/kernels_body.h"

@@ -1,0 +1,2 @@
+#define TAILOR_FAST_PORTABLE
+#include "gram/kernels_body.h"

@@ -1,0 +1,98 @@
+// The inner loops of the `select` op, compiled once per instruction set.
+//
+// Each loop works on a stretch of one row that stays in the first-level cache. Every instruction set
+// gives the same bits: the loops hold no operation that tailor_fast/ops/select/reference.py does not
+// name, in the order that it states.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace tailor_fast::select {
+
+constexpr int64_t kBlock = 128;     // columns of a block
+constexpr int64_t kSegment = 1024;  // most columns of a stretch, a multiple of kBlock
+constexpr int32_t kInfinity = 0x7f800000;
+constexpr double kSmallestDeviation = 0x1p-126;  // below it z = 0
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+constexpr int kDtypes = 3;
+inline int64_t width(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Which terms a score has. kScores takes its first input for the score itself. The terms with s
+// alone, with both and with v alone must keep this order: `has_salience` and the Python side count
+// on it.
+enum class Terms {
+  kScores,
+  kSalience,
+  kBothSquare,  // v = (d * d) * c
+  kBothAbsolute,
+  kBothWeight,
+  kSquare,
+  kAbsolute,
+  kWeight
+};
+constexpr int kTermKinds = 8;
+constexpr bool has_salience(Terms terms) { return terms < Terms::kSquare; }
+constexpr bool has_sensitivity(Terms terms) { return terms > Terms::kSalience; }
+constexpr bool has_both(Terms terms) { return has_salience(terms) && has_sensitivity(terms); }
+
+// z = (x - mean) * factor, of s and of v.
+struct Affine {
+  float mean[2];
+  float factor[2];
+};
+
+// S1 and S2.
+struct Sums {
+  double one, two;
+};
+
+// How many scores were above an interval and inside it, and where the latter are collected, in
+// linear order. Plain pointers: see kernels_impl.h.
+struct Found {
+  int64_t above = 0;
+  int64_t inside = 0;
+  float* scores = nullptr;
+  int64_t* indices = nullptr;
+};
+
+// What to do with scores inside [low, high]: forget, mark by 2, or collect.
+enum class Inside { kCount, kMark, kCollect };
+
+struct Interval {
+  float low, high;
+};
+
+struct Kernels {
+  const char* name;
+  // Writes the terms of `count` elements; returns the largest magnitude of s and v as bits, so that
+  // a result >= kInfinity says that one of them is not finite.
+  using TermsOf = int32_t (*)(const void* base, const void* tuned, const void* column_weight,
+                              int64_t count, float* s, float* v);
+  TermsOf terms[kDtypes][kTermKinds];
+  // S1 and S2 of each block of x, about one pivot; x is padded to whole blocks by it.
+  void (*block_sums)(const float* x, int64_t blocks, float pivot, Sums* sums);
+  // out = x * factor, or s * factors[0] + v * factors[1]; returns the largest magnitude as bits.
+  int32_t (*scale)(const float* s, const float* v, int64_t count, const float* factors, float* out);
+  // Sum of z of the terms, with one mean and factor for each term.
+  void (*standardise)(const float* s, const float* v, int64_t count, const Affine& affine,
+                      float* out);
+  // The same with moments by block. s and v have room for whole blocks, which are padded in place.
+  // `weights` are those of s and of v.
+  void (*standardise_blocks)(float* s, float* v, int64_t count, const double* weights, float* out);
+  // Counts scores above and inside the interval, adds to `found`, and writes 0 or 1 (above) to
+  // `mask`, if there is one. `index` is the linear index of scores[0]. What is collected begins
+  // at found.inside.
+  void (*classify)(const float* scores, int64_t count, Interval interval, Inside inside,
+                   int64_t index, uint8_t* mask, Found& found);
+  // Keys of scores: int32 of the same order, -0 equal to +0.
+  void (*keys)(const float* scores, int64_t count, int32_t* out);
+  int64_t (*count_above)(const float* scores, int64_t count, float bound);
+  uint64_t (*read)(const void* words, int64_t count);  // xor of 64-bit words: the probe
+};
+
+// The instruction sets that this build has and this machine runs, the best one last.
+const std::vector<const Kernels*>& available_kernels();
+
+}  // namespace tailor_fast::select

@@ -1,0 +1,82 @@
+"""The ``gram`` op on CPU tensors: C++ conversion and squares, GEMM from torch.
+
+Tokens are converted to float32 a chunk at a time into one buffer; those that do not count are left
+out there. The diagonal has the same bits at any number of threads.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from tailor_fast import _C
+
+CHUNK_TOKENS = 2048
+# Columns per GEMM of the lower triangle, see the reference.
+PANEL_COLS = 512
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _counted(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask.nonzero()[:, 0]
+
+
+def _chunks(x: torch.Tensor, counted: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Counted tokens in float32, all chunks in the same memory unless ``x`` serves as it is."""
+    cols = x.shape[1]
+    tokens = x.shape[0] if counted is None else counted.shape[0]
+    if counted is None and x.dtype == torch.float32:
+        yield from x.split(CHUNK_TOKENS)
+        return
+    buffer = torch.empty(min(tokens, CHUNK_TOKENS), cols)
+    for start in range(0, tokens, CHUNK_TOKENS):
+        count = min(CHUNK_TOKENS, tokens - start)
+        _C.gram_convert(
+            x.data_ptr(),
+            _KINDS[x.dtype],
+            cols,
+            0 if counted is None else counted.data_ptr(),
+            start,
+            count,
+            buffer.data_ptr(),
+            torch.get_num_threads(),
+        )
+        yield buffer[:count]
+
+
+def accumulate_gram_(gram: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """``gram [cols, cols] += sum of x_t x_t^T``, exactly symmetric."""
+    panels = [(start, start + PANEL_COLS) for start in range(0, gram.shape[0], PANEL_COLS)]
+    for chunk in _chunks(x, _counted(mask)):
+        for start, stop in panels:
+            gram[start:, start:stop].addmm_(chunk[:, start:].T, chunk[:, start:stop])
+    # A GEMM may round the two triangles of a diagonal block differently: the lower one decides.
+    for start, stop in panels:
+        block = gram[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+        gram[start:stop, stop:] = gram[stop:, start:stop].T
+
+
+def accumulate_cross_gram_(
+    cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    """``cross [x_cols, y_cols] += sum of x_t y_t^T``."""
+    counted = _counted(mask)
+    for left, right in zip(_chunks(x, counted), _chunks(y, counted), strict=True):
+        cross.addmm_(left.T, right)
+
+
+def accumulate_gram_diag_(diag: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """``diag [cols] += sum of x_t * x_t``."""
+    counted, cols = _counted(mask), x.shape[1]
+    tokens = x.shape[0] if counted is None else counted.shape[0]
+    sums = torch.zeros(-(-tokens // _C.GRAM_DIAGONAL_TOKENS), cols, dtype=torch.float64)
+    _C.gram_add_diagonal(
+        diag.data_ptr(),
+        x.data_ptr(),
+        _KINDS[x.dtype],
+        cols,
+        0 if counted is None else counted.data_ptr(),
+        tokens,
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )

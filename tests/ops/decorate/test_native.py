@@ -1,0 +1,209 @@
+"""What the C++ backend of ``decorate`` promises beyond what every backend does."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, decorate_official
+from tailor_fast.ops.decorate.api import TOL
+from tailor_fast.testing import assert_within
+from tests.backends import needs_native
+
+from .problems import Problem, bare, correlated, objective, optimum
+
+pytestmark = needs_native
+native = pytest.importorskip("tailor_fast.ops.decorate.native")
+exact = pytest.importorskip("tailor_fast.ops.decorate.native.exact")
+sweep = pytest.importorskip("tailor_fast.ops.decorate.native.sweep")
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backend() -> None:
+    """Once is enough: these tests name their backend."""
+
+
+def solve(problem: Problem, rhs: torch.Tensor | None = None, **options: float) -> Decorated:
+    return decorate_exact(*problem, rhs, backend="native", **options)
+
+
+def skewed(rows: int, cols: int, density: float, seed: int) -> Problem:
+    """Rows of very different size under one mask: some keep nothing, some nearly everything."""
+    problem = correlated(rows, cols, density, seed)
+    generator = torch.Generator().manual_seed(seed)
+    delta = problem.delta * (2 * torch.randn(rows, 1, generator=generator)).exp()
+    kept = int(density * delta.numel())
+    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    mask[delta.abs().flatten().argsort(descending=True)[:kept]] = True
+    return problem._replace(delta=delta, mask=mask.reshape(rows, cols))
+
+
+def check_minimum(problem: Problem, patch: torch.Tensor, percdamp: float) -> None:
+    """Each row within the tolerance of its own minimum, and never worse than the bare mask."""
+    damping = problem.damping(percdamp)
+    best = optimum(problem, damping)
+    assert not patch[~problem.mask].any()
+    for row in range(len(patch)):
+        one = Problem(problem.delta[row : row + 1], problem.mask[row : row + 1], problem.gram)
+        part = slice(row, row + 1)
+        reverted = objective(one, torch.zeros_like(one.delta), damping)
+        rounding = EPS**2 * reverted / percdamp
+        loss = objective(one, patch[part], damping)
+        assert loss <= objective(one, best[part], damping) * (1 + TOL) + rounding
+        assert loss <= objective(one, bare(one), damping) + rounding
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(0, 70),
+    cols=st.integers(1, 150),
+    density=st.sampled_from([0.01, 0.1, 0.4]),
+    percdamp=st.sampled_from([1e-3, 1e-2, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_ragged_and_skewed_rows(
+    rows: int, cols: int, density: float, percdamp: float, seed: int
+) -> None:
+    problem = skewed(rows, cols, density, seed)
+    result = solve(problem, percdamp=percdamp)
+    check_minimum(problem, result.patch, percdamp)
+
+
+@pytest.mark.parametrize("right_side", [False, True])
+def test_rows_that_keep_much_go_another_way(monkeypatch, right_side: bool) -> None:
+    problem = skewed(48, 96, 0.2, 11)
+    counts = problem.mask.sum(1)
+    rhs = 1.1 * problem.delta @ problem.gram if right_side else None
+    options = {"tol": 1e-10, "target_energy": 3.0 if right_side else None}
+    gathered = solve(problem, rhs, **options)
+    monkeypatch.setattr(exact, "SMALL", 0)
+    monkeypatch.setattr(exact, "GATHER_SHARE", 0.25)
+    assert 5 < int((counts > 24).sum()) < 43
+    mixed = solve(problem, rhs, **options)
+    assert not torch.equal(mixed.patch, gathered.patch)
+    few = counts <= 24
+    assert torch.equal(mixed.patch[few], gathered.patch[few])
+    best, plain = (
+        optimum(problem, problem.damping(0.01), rhs, dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_within(mixed.patch, best, plain)
+    assert_within(gathered.patch, best, plain)
+    for one, other in zip(mixed[1:4], gathered[1:4], strict=True):
+        assert abs(one - other) <= 1e-6 * gathered.loss_reverted.abs()
+
+
+def test_rows_without_proof_are_counted_on_both_ways(monkeypatch, caplog) -> None:
+    problem = skewed(48, 96, 0.2, 11)
+    monkeypatch.setattr(exact, "SMALL", 0)
+    monkeypatch.setattr(exact, "GATHER_SHARE", 0.25)
+    solve(problem, max_iterations=1)
+    numbers = [
+        int(record.getMessage().split()[1]) for record in caplog.records if record.levelno >= 30
+    ]
+    assert len(numbers) == 2
+    assert min(numbers) > 0
+
+
+def test_same_bits_at_any_number_of_threads(set_num_threads) -> None:
+    problem = skewed(150, 130, 0.1, 4)
+    results = []
+    for threads in (1, 2, 3):
+        set_num_threads(threads)
+        results.append(solve(problem).patch)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_same_bits_from_run_to_run() -> None:
+    problem = skewed(90, 140, 0.1, 5)
+    base = torch.randn_like(problem.delta)
+    for run in (
+        lambda: solve(problem),
+        lambda: decorate_obs(*problem, backend="native"),
+        lambda: decorate_official(
+            base, base + problem.delta, problem.gram, sparsity=0.9, backend="native"
+        ),
+    ):
+        first = run()
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element (of a float, four bytes) past an aligned address."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    memory[1:] = tensor.flatten()
+    return memory[1:].view(tensor.shape)
+
+
+def test_unaligned_views_give_the_same_bits() -> None:
+    problem = skewed(33, 77, 0.2, 6)
+    moved = Problem(*map(shifted, problem))
+    base = torch.randn_like(problem.delta)
+    assert moved.mask.data_ptr() % 2 == 1
+    rhs = problem.delta @ problem.gram
+    assert torch.equal(solve(problem).patch, solve(moved).patch)
+    assert torch.equal(solve(problem, rhs).patch, solve(moved, shifted(rhs)).patch)
+    one, other = decorate_obs(*problem, backend="native"), decorate_obs(*moved, backend="native")
+    assert torch.equal(one.patch, other.patch)
+    one, other = (
+        decorate_official(a, b, c, sparsity=0.8, backend="native")
+        for a, b, c in (
+            (base, base + problem.delta, problem.gram),
+            (shifted(base), shifted(base + problem.delta), moved.gram),
+        )
+    )
+    assert torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 15, 16, 17, 63, 64, 65, 128, 129])
+def test_every_length_of_the_packed_matrix(kept: int) -> None:
+    problem = correlated(3, 129)
+    problem.mask[:] = False
+    for row in range(3):
+        problem.mask[row, torch.randperm(129)[:kept]] = True
+    result = solve(problem, tol=1e-10)
+    best, plain = (
+        optimum(problem, problem.damping(0.01), dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_within(result.patch, best, plain)
+
+
+def test_strips_and_groups() -> None:
+    """More columns than one strip, more rows than one group, kept weights on all edges."""
+    problem = correlated(300, 1100, 0.02)
+    problem.mask[:, [0, 511, 512, 1023, 1024, 1099]] = True
+    problem.mask[[7, 130, 299]] = False
+    result = solve(problem, tol=1e-12)
+    rows = [0, 7, 127, 128, 129, 255, 299]
+    part = Problem(problem.delta[rows], problem.mask[rows], problem.gram)
+    best, plain = (
+        optimum(part, part.damping(0.01), dtype=dtype) for dtype in (torch.float64, torch.float32)
+    )
+    assert_within(result.patch[rows], best, plain)
+
+
+@pytest.mark.parametrize("mode", [decorate_exact, decorate_obs])
+def test_losses_in_float32_are_those_in_float64(monkeypatch, mode) -> None:
+    problem = correlated(120, 320)
+    wide = mode(*problem, backend="native")
+    for module in (exact, sweep):
+        monkeypatch.setattr(module, "FLOAT32_FROM", 0)
+    narrow = mode(*problem, backend="native")
+    assert torch.equal(wide.patch, narrow.patch)
+    for one, other in zip(wide[1:4], narrow[1:4], strict=True):
+        assert abs(one / other - 1) < 1e-6
+
+
+def test_panels_of_the_sweep(monkeypatch) -> None:
+    problem = correlated(20, 700)
+    reference = decorate_obs(*problem, backend="reference")
+    whole = decorate_obs(*problem, backend="native")
+    monkeypatch.setattr(sweep, "_PANEL", sweep.BLOCK)
+    single = decorate_obs(*problem, backend="native")
+    for result in (whole, single):
+        assert (result.patch - reference.patch).abs().max() < 1e-5 * problem.delta.abs().max()
+        assert abs(result.loss / reference.loss - 1) < 1e-5
