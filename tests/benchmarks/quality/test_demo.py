@@ -1,6 +1,8 @@
 """The demo chooses on validation scenes and runs the command as a user would."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,9 @@ def _program(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_a_row_is_the_best_candidate_on_validation(ran: Demo) -> None:
     broken = tinyllava.new_model(seed=9)
-    ran.row({"broken": lambda: broken, "tuned": lambda: ran.tuned, "base": lambda: ran.base})
+    candidates = {"broken": broken, "tuned": ran.tuned, "base": ran.base}
+    best = ran.row({name: partial(candidates.get, name) for name in candidates})
+    assert best is ran.tuned
     ran.row({"broken": lambda: broken})  # no choice
     ran.add("fine-tuned", ran.tuned, 0.0)
     assert [row.name for row in ran.rows] == ["tuned", "broken", "fine-tuned"]
@@ -67,7 +71,11 @@ def test_a_failing_command_ends_the_demo(
 
 
 def test_every_row_is_there(
-    pair: Pair, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pair: Pair,
 ) -> None:
     _program(tmp_path, monkeypatch, PROGRAM)
     monkeypatch.setattr(demo, "VALIDATION_PROMPTS", 20)
@@ -89,3 +97,44 @@ def test_every_row_is_there(
     assert changed[3] == pytest.approx(0.1, abs=0.01)
     assert changed[4] > 0.99
     assert [row.ours for row in ran.rows] == [False] * 6 + [True]
+    called = (tmp_path / "called").read_text(encoding="utf-8").split()
+    assert called == ["verify", str(tmp_path / f"tailored-{names[6].split()[-1]}")]
+    assert "12 PNG files through AutoProcessor: the same answers" in capsys.readouterr().out
+
+
+def test_the_table_is_the_last_thing_said(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pair: Pair,
+    set_num_threads: Callable[[int], None],  # puts back what the demo sets
+) -> None:
+    arguments = ["--work", str(work), "--density", "0.2", "--task", "next", "--prompts", "10"]
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    monkeypatch.setattr(demo.training, "DEMO", QUICK)
+    monkeypatch.setitem(demo.training.FINETUNING, "next", QUICK.finetuning)
+    monkeypatch.setattr(Demo, "run", _two_rows)
+    demo.main()
+    title, header, base, tuned = capsys.readouterr().out.splitlines()[-4:]
+    assert title == "Accuracy in percent; new task: next"
+    assert header.split()[:3] == ["model", "what", "parity"]
+    assert base.startswith("base ")
+    assert tuned.startswith("fine-tuned ")
+    assert (work / "results.csv").exists()
+
+
+def _two_rows(ran: Demo) -> None:
+    assert (ran.density, ran.prompts) == (0.2, 10)
+    ran.add("base", ran.base, 0.0)
+    ran.add("fine-tuned", ran.tuned, 0.0)
+
+
+@pytest.mark.parametrize("density", ["0", "1.5", "-1"])
+def test_a_density_outside_its_range_is_refused(
+    density: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo", f"--density={density}"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert f"must be in (0, 1]; got {density}" in capsys.readouterr().err
