@@ -25,6 +25,7 @@ from tailor_fast.checkpoint.errors import (
 )
 from tailor_fast.checkpoint.files import list_names, output_error
 from tailor_fast.checkpoint.index import INDEX_SUFFIX, SUFFIX
+from tailor_fast.checkpoint.signals import signals_held
 from tailor_fast.checkpoint.syscalls import ASIDE, exchange, rename_new
 
 _log = logging.getLogger("tailor_fast")
@@ -67,11 +68,13 @@ class Staging:
         self._lock_path = self.parent / f".{self.out.name}.tailor.lock"
         _check_parent(self.parent, self.out)
         _check_apart(self.out, inputs)
-        self._lock_fd = _lock(self._lock_path, self.out)
+        self._lock_fd = -1
         try:
-            self._recover()
-            self._check_out()
-            self._make()
+            with signals_held():  # a file that is made is known to ``discard``
+                self._lock_fd = _lock(self._lock_path, self.out)
+                self._recover()
+                self._check_out()
+                self._make()
         except BaseException:
             self.discard()
             raise
