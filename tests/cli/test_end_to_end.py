@@ -143,6 +143,7 @@ def test_a_stopped_run_leaves_nothing(number: int, code: int, tmp_path: Path) ->
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.002)
+    time.sleep(0.15)  # into the walk, past the making of the staging directory
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
