@@ -34,8 +34,8 @@ PUBLIC = [
 ]
 PYTHON = [ROOT / "setup.py", *files("tailor_fast"), *files("tests"), *files("benchmarks")]
 NATIVE = [path for path in files("csrc", "*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"}]
-LINES = {"tests": 400, "tailor_fast": 350, "benchmarks": 350, "setup.py": 350, "csrc": 500}
-FUNCTION_LINES = {"triton": 120, "": 50}
+LINES = {"tests": 400, "tailor_fast": 350, "benchmarks": 350, "setup.py": 350, "csrc": 350}
+FUNCTION_LINES = {"kernel": 120, "": 50}
 
 
 def ids(paths: list[Path]) -> list[str]:
@@ -76,8 +76,10 @@ def test_layout_of_an_op(op: str) -> None:
     assert (folder / "reference.py").is_file() or (folder / "reference" / "__init__.py").is_file()
     order = import_module(f"tailor_fast.ops.{op}.schema").ORDER
     assert set(order) == {"cpu", "cuda"}
+    # On the CPU Triton's interpreter comes last: for tests, never what `auto` takes.
+    assert order["cpu"][-1 if "triton" not in order["cpu"] else -2] == "reference"
+    assert order["cuda"][-1] == "reference"
     for backends in order.values():
-        assert backends[-1] == "reference"
         for backend in backends:
             assert (folder / f"{backend}.py").is_file() or (folder / backend).is_dir()
 
@@ -126,9 +128,10 @@ def test_length_of_files(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PYTHON, ids=ids(PYTHON))
 def test_length_of_functions(path: Path) -> None:
-    limit = FUNCTION_LINES["triton" if path.stem == "triton" else ""]
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kernel = "triton.jit" in map(ast.unparse, node.decorator_list)
+            limit = FUNCTION_LINES["kernel" if kernel else ""]
             documented = ast.get_docstring(node) is not None
             start = node.body[0].end_lineno if documented else node.lineno - 1
             assert node.end_lineno - start <= limit, node.name
