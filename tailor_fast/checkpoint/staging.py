@@ -13,7 +13,9 @@ import re
 import secrets
 import shutil
 import stat
+import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tailor_fast.checkpoint.errors import (
@@ -33,13 +35,47 @@ _ID_BYTES = 6
 _ELSEWHERE = "choose another OUT"
 
 
+@dataclass
+class _Held:
+    """What a ``Staging`` has made and must take away again.
+
+    Attributes:
+        path: the directory.
+        lock_path: the lock file.
+        fd: the directory, open; -1 while it is not.
+        lock_fd: the lock file, open and locked; -1 while it is not.
+        owner: the process that made them; one forked from it takes nothing away.
+    """
+
+    path: Path
+    lock_path: Path
+    fd: int = -1
+    lock_fd: int = -1
+    owner: int = field(default_factory=os.getpid)
+
+    def discard(self) -> None:
+        """Remove both; safe to repeat."""
+        if os.getpid() != self.owner:
+            return
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self.lock_fd < 0:
+            return
+        _remove_tree(self.path)
+        # the name goes before the lock does: who locks an unlinked file sees that and tries again
+        with contextlib.suppress(OSError):
+            self.lock_path.unlink()
+        os.close(self.lock_fd)
+        self.lock_fd = -1
+
+
 class Staging:
     """A staging directory for one output, locked against a second writer.
 
     Attributes:
         out: absolute path of the output.
         path: the staging directory.
-        fd: the same, open.
     """
 
     def __init__(
@@ -63,21 +99,28 @@ class Staging:
         self.out = self.parent / absolute.name
         self._directory = directory
         self._overwrite = overwrite
-        self.fd = -1
         self.path = self.parent / f".{self.out.name}.tailor-{secrets.token_hex(_ID_BYTES)}"
-        self._lock_path = self.parent / f".{self.out.name}.tailor.lock"
+        lock_path = self.parent / f".{self.out.name}.tailor.lock"
+        self._held = _Held(self.path, lock_path)
+        # As for a temporary directory of the standard library. It also covers the moment between
+        # this constructor and the caller's ``with``, in which a signal may arrive.
+        weakref.finalize(self, self._held.discard)
         _check_parent(self.parent, self.out)
         _check_apart(self.out, inputs)
-        self._lock_fd = -1
         try:
             with signals_held():  # a file that is made is known to ``discard``
-                self._lock_fd = _lock(self._lock_path, self.out)
+                self._held.lock_fd = _lock(lock_path, self.out)
                 self._recover()
                 self._check_out()
                 self._make()
         except BaseException:
             self.discard()
             raise
+
+    @property
+    def fd(self) -> int:
+        """The staging directory, open."""
+        return self._held.fd
 
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):
@@ -112,7 +155,7 @@ class Staging:
     def _make(self) -> None:
         try:
             self.path.mkdir()
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._held.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise output_error(error, self.out, "making the directory") from error
 
@@ -175,17 +218,7 @@ class Staging:
 
         Before the rename it holds the unfinished output, after an exchange the old one.
         """
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        if self._lock_fd < 0:
-            return
-        _remove_tree(self.path)
-        # the name goes before the lock does: who locks an unlinked file sees that and tries again
-        with contextlib.suppress(OSError):
-            self._lock_path.unlink()
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+        self._held.discard()
 
 
 def sync_directory(fd: int) -> None:

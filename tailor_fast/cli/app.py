@@ -29,6 +29,7 @@ PROGRAM = "tailor-fast"
 USAGE = 2
 STOPPED_BY_USER = 130
 TERMINATED = 143
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 Run = Callable[[OptionsT], int | None]
@@ -112,46 +113,62 @@ def _guarded(run_command: Callable[[], int | None], *, verbose: bool) -> int:
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("tailor_fast").setLevel(logging.DEBUG)
+    stops = _Stops()
     try:
-        with _terminated_like_interrupted():
+        with stops.raised():
             return run_command() or 0
-    except _TerminatedError:
-        _complain("terminated; nothing was written")
-        return TERMINATED
-    except KeyboardInterrupt:
-        _complain("stopped by the user; nothing was written")
-        return STOPPED_BY_USER
-    except Exception as error:  # noqa: BLE001  the boundary of the program
-        if verbose:
-            traceback.print_exc()
-        if isinstance(error, TailorError):
-            _complain(str(error))
-            return error.exit_code
-        again = "" if verbose else "; run again with -v to see where"
-        _complain(f"unexpected {type(error).__name__}: {error}{again}")
-        return 1
+    except BaseException as error:
+        # Whatever arrives after a signal comes of it: a library's own clean-up, cut short, may have
+        # put its error in the place of ours.
+        if stops.number == signal.SIGTERM:
+            _complain("terminated; nothing was written")
+            return TERMINATED
+        if stops.number == signal.SIGINT or isinstance(error, KeyboardInterrupt):
+            _complain("stopped by the user; nothing was written")
+            return STOPPED_BY_USER
+        if not isinstance(error, Exception):
+            raise
+        return _failed(error, verbose=verbose)
 
 
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, as an exception that passes every handler of ordinary errors."""
+def _failed(error: Exception, *, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    if isinstance(error, TailorError):
+        _complain(str(error))
+        return error.exit_code
+    again = "" if verbose else "; run again with -v to see where"
+    _complain(f"unexpected {type(error).__name__}: {error}{again}")
+    return 1
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that nothing half-made stays on disk."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, or is told of signals
-        return
+class _Stops:
+    """Ctrl-C and SIGTERM as an exception, so that nothing half-made stays on disk.
 
-    def stop(_number: int, _frame: object) -> None:
+    Attributes:
+        number: the signal that came first; None before any.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise ``KeyboardInterrupt``, which passes every handler of ordinary errors, for both."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers, or is told of signals
+            return
+        before = {number: signal.signal(number, self._stop) for number in _STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame: object) -> None:
+        self.number = self.number or number
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the clean-up
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise KeyboardInterrupt
 
 
 def _complain_of_usage(error: Any) -> None:

@@ -349,3 +349,27 @@ def test_no_space_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_out_name_that_is_too_long(tmp_path: Path) -> None:
     assert "File name too long" in refused(tmp_path / ("x" * 250), OutputPlaceError)
+
+
+def test_a_staging_that_is_dropped_goes(tmp_path: Path) -> None:
+    """As when a signal arrives between the constructor and the ``with`` that it stands in."""
+    staged = StagedCheckpoint(tmp_path / "out", layout_of(some_tensors()))
+    child = os.fork()
+    if child == 0:
+        del staged  # the output is its parent's
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    del staged
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staging_that_is_held_to_the_end_of_the_program_goes(tmp_path: Path) -> None:
+    code = """
+        import sys
+        from tailor_fast.checkpoint import StagedCheckpoint, plan_layout
+        staged = StagedCheckpoint(sys.argv[1], plan_layout([]))
+    """
+    done = run_python(code, tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The program as a whole: help, usage errors, exit codes, and what it imports."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,3 +128,31 @@ def test_an_interrupt_is_130(tailor_fast: CommandLine, monkeypatch: pytest.Monke
     monkeypatch.setattr(inspecting, "inspect_path", raising(KeyboardInterrupt()))
     ran = tailor_fast("inspect", "a")
     assert ran == (130, "", "tailor-fast: error: stopped by the user; nothing was written\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "sentence"),
+    [
+        (signal.SIGTERM, 143, "terminated; nothing was written"),
+        (signal.SIGINT, 130, "stopped by the user; nothing was written"),
+    ],
+)
+def test_a_stop_that_another_error_replaces(
+    tailor_fast: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    sentence: str,
+) -> None:
+    """A library's clean-up that the signal cut short may fail in its turn."""
+
+    def inspected(*_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            raise UnboundLocalError("half set up")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(inspecting, "inspect_path", inspected)
+    assert tailor_fast("inspect", "a") == (code, "", f"tailor-fast: error: {sentence}\n")
+    assert signal.getsignal(number) is before

@@ -129,8 +129,9 @@ def load_names(shard: bytes) -> list[str]:
     return [name for name in json.loads(shard[8 : 8 + size]) if name != "__metadata__"]
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.15], ids=["at once", "in the walk"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_leaves_nothing(number: int, code: int, tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_nothing(number: int, code: int, delay: float, tmp_path: Path) -> None:
     base, tuned = llama_pair(tmp_path, blocks=8)
     new = write_texts(tmp_path / "new.jsonl", count=96)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -143,7 +144,7 @@ def test_a_stopped_run_leaves_nothing(number: int, code: int, tmp_path: Path) ->
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.002)
-    time.sleep(0.15)  # into the walk, past the making of the staging directory
+    time.sleep(delay)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
