@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "_core": {"_version"},
     "testing": set(),
+    "bench": OPS,
     "ops": OPS,
     "checkpoint": FLOOR,
     "models": FLOOR,
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "patching": JOBS - {"stitching"},
     "stitching": JOBS,
     "integrations": JOBS | {""},
-    "cli": JOBS | {""},
+    "cli": JOBS | {"", "bench"},
     "__main__": {"cli"},
     "": JOBS,
 }

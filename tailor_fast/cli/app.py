@@ -18,6 +18,7 @@ import typer
 from tailor_fast._core.errors import TailorError
 from tailor_fast._version import __version__
 from tailor_fast.cli.backends import BackendsOptions, backends
+from tailor_fast.cli.bench import BenchOptions, bench
 from tailor_fast.cli.calibrate import CalibrateOptions, calibrate
 from tailor_fast.cli.inspect import InspectOptions, inspect
 from tailor_fast.cli.options import Options
@@ -64,6 +65,7 @@ def _app() -> typer.Typer:
     _add(app, InspectOptions, inspect)
     _add(app, VerifyOptions, verify)
     _add(app, BackendsOptions, backends)
+    _add(app, BenchOptions, bench)
     return app
 
 

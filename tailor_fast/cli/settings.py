@@ -63,7 +63,7 @@ def run_options(options: BatchOptions) -> RunOptions:
     if isinstance(options, DataOptions):
         given["max_shard_bytes"] = options.out_shard_size and parse_size(options.out_shard_size)
     chosen = {name: value for name, value in given.items() if value is not None}
-    return RunOptions(device=_device(options.device), overwrite=options.overwrite, **chosen)
+    return RunOptions(device=device_name(options.device), overwrite=options.overwrite, **chosen)
 
 
 def _density(sparsity: float) -> float:
@@ -108,7 +108,12 @@ def _sentence(error: ValidationError, file: Path | None, options: Any) -> str:
     return f"{where}: {problem}; got {first['input']!r}"
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """``auto``, ``cpu`` or ``cuda:N`` as a device that is there.
+
+    Raises:
+        UsageError: another kind of device, or one that this machine does not have.
+    """
     import torch
 
     if text == "auto":
