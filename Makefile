@@ -4,12 +4,14 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 DEMO ?= demo-out
+TRITON36 := .venv-triton36
 
-.PHONY: help setup test demo bench lint type fmt clean
+.PHONY: help setup triton36 test asan demo bench lint type fmt clean
 
 help:
 	@echo "make demo   make a model pair from real images, fine-tune it until it forgets, tailor it, print the table"
 	@echo "make test   run every test (sets up $(VENV) when it is missing)"
+	@echo "make asan   run the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make bench  time the ops against eager torch"
 	@echo "make lint | type | fmt"
 
@@ -20,13 +22,36 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $(STAMP)
 
+# The oldest triton that is supported, in a folder of its own: the compile tests put it on their path
+# before the installed one. Without a network they are skipped and say so.
+triton36: $(STAMP)
+	@test -f $(TRITON36)/.installed || { \
+	  $(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(TRITON36) triton==3.6.0 \
+	  && touch $(TRITON36)/.installed; \
+	} || echo "triton 3.6.0 could not be installed: tests that need it are skipped"
+
 # One thread: the tests are many small problems, on which a second thread only spins.
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP)
+test: $(STAMP) triton36
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest
+
+# The native kernels under AddressSanitizer and UBSan, in a copy of the tree. Python's own memory is
+# not of interest, so leaks are not looked for; capture stays off file descriptors, or the sanitizer's
+# report would be lost with the process.
+ASAN := build/asan
+CXX_LIB = $$($${CXX:-g++} -print-file-name=$(1))
+asan: $(STAMP)
+	rm -rf $(ASAN) && mkdir -p $(ASAN)
+	cp -r tailor_fast csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(ASAN)
+	rm -f $(ASAN)/tailor_fast/_C*.so
+	cd $(ASAN) && TAILOR_FAST_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd $(ASAN) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$(call CXX_LIB,libasan.so) $(call CXX_LIB,libubsan.so) $(call CXX_LIB,libstdc++.so)" \
+	  $(abspath $(PY)) -m pytest -q --capture=sys -p no:cacheprovider tests/ops/codec tests/ops/gram \
+	  tests/ops/select tests/ops/decorate/test_native.py
 
 demo: $(STAMP)
 	$(PY) -m benchmarks.demo --work $(DEMO)

@@ -1,7 +1,8 @@
 """Builds the C++ extension only; everything else stands in pyproject.toml.
 
 ``TAILOR_FAST_NATIVE=0 pip install .`` gives a pure Python install. OpenMP is used where the
-compiler has it; without it the kernels run on one thread.
+compiler has it; without it the kernels run on one thread. ``TAILOR_FAST_SANITIZE=1`` is for
+``make asan``: such a build loads only into a process that runs under the sanitizers.
 """
 
 import os
@@ -15,6 +16,8 @@ from setuptools.errors import CompileError, LinkError
 OPENMP_FLAG = "-fopenmp"
 # Nobody reads errno or the exception flags after a square root: it may be one vector instruction.
 VECTORISABLE = ["-fno-math-errno", "-fno-trapping-math"]
+# A shared bounds error or overflow must end the test, not only print a line.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 
 
@@ -54,5 +57,8 @@ extension = Pybind11Extension(
     # Contraction off: a fused multiply-add would give other bits than the reference backend.
     extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=off", *VECTORISABLE],
 )
+if os.environ.get("TAILOR_FAST_SANITIZE", "0") != "0":
+    extension.extra_compile_args += [*SANITIZERS, "-g", "-O1", "-fno-omit-frame-pointer"]
+    extension.extra_link_args += SANITIZERS
 native = os.environ.get("TAILOR_FAST_NATIVE", "1") != "0"
 setup(ext_modules=[extension] if native else [], cmdclass={"build_ext": BuildExtension})
