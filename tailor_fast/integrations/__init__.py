@@ -1,0 +1,1 @@
+"""tailor_fast inside other people's programs; each module imports only what it integrates with."""
