@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "_core": {"_version"},
     "testing": set(),
     "bench": OPS,
+    "batch": JOBS,
     "ops": OPS,
     "checkpoint": FLOOR,
     "models": FLOOR,
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "patching": JOBS - {"stitching"},
     "stitching": JOBS,
     "integrations": JOBS | {""},
-    "cli": JOBS | {"", "bench"},
+    "cli": JOBS | {"", "batch", "bench"},
     "__main__": {"cli"},
     "": JOBS,
 }

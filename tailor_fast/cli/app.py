@@ -18,6 +18,7 @@ import typer
 from tailor_fast._core.errors import TailorError
 from tailor_fast._version import __version__
 from tailor_fast.cli.backends import BackendsOptions, backends
+from tailor_fast.cli.batch import BatchCommandOptions, batch
 from tailor_fast.cli.bench import BenchOptions, bench
 from tailor_fast.cli.calibrate import CalibrateOptions, calibrate
 from tailor_fast.cli.inspect import InspectOptions, inspect
@@ -61,6 +62,7 @@ def _app() -> typer.Typer:
     app.callback()(_root)
     _add(app, PatchOptions, patch)
     _add(app, PlanOptions, plan)
+    _add(app, BatchCommandOptions, batch)
     _add(app, CalibrateOptions, calibrate)
     _add(app, InspectOptions, inspect)
     _add(app, VerifyOptions, verify)

@@ -7,7 +7,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailor_fast._core.errors import InputError, UsageError
+from tailor_fast._core.errors import UsageError
+from tailor_fast._core.yaml_file import read_mapping
 from tailor_fast.cli.options import BatchOptions, DataOptions, RecipeOptions
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def recipe_of(options: RecipeOptions) -> Recipe:
         if "density" in given:
             raise UsageError("--density and --sparsity say the same; expected one of them")
         given["density"] = _density(given.pop("sparsity"))
-    read = {} if file is None else _read_recipe(file, tuple(Recipe.model_fields))
+    read = {} if file is None else read_mapping(file, tuple(Recipe.model_fields), "a recipe")
     try:
         return Recipe(**{**read, **given})
     except ValidationError as error:
@@ -70,31 +71,6 @@ def _density(sparsity: float) -> float:
     if not 0 <= sparsity <= 1:
         raise UsageError(f"--sparsity must be in [0, 1]; got {sparsity}")
     return float(1 - Decimal(repr(sparsity)))  # as written: 1 - 0.9 is 0.1, not 0.09999999999999998
-
-
-def _read_recipe(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        body, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: is not YAML: {error}") from None
-    if body is None or written is None:
-        return {}
-    if not isinstance(body, dict):
-        raise UsageError(f"{path}: expected keys and values; got {type(body).__name__}")
-    unknown = [repr(key) for key in body if key not in known]
-    if unknown:
-        raise UsageError(
-            f"{path}: unknown key {', '.join(unknown)}; the keys of a recipe are {', '.join(known)}"
-        )
-    if len(written.value) != len(body):
-        raise UsageError(f"{path}: a key occurs twice; expected each of them once")
-    return body
 
 
 def _sentence(error: ValidationError, file: Path | None, options: Any) -> str:

@@ -13,7 +13,7 @@ from tailor_fast._core import errors
 from tailor_fast.patching import inspecting
 from tests.cli.running import CommandLine
 
-COMMANDS = ("patch", "plan", "calibrate", "inspect", "verify", "backends", "bench")
+COMMANDS = ("patch", "plan", "batch", "calibrate", "inspect", "verify", "backends", "bench")
 HEAVY = ("torch", "transformers", "pydantic", "matplotlib", "yaml", "numpy", "safetensors")
 
 

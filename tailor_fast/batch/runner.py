@@ -1,0 +1,150 @@
+"""The walk over the jobs. One that fails is written down, and the next one starts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from tailor_fast._core.errors import OutputError, TailorError
+from tailor_fast._core.progress import Progress, Silent
+from tailor_fast.batch.manifest import JobSpec
+from tailor_fast.batch.page import PAGE_NAME, TABLE_NAME, make_page, make_table
+from tailor_fast.batch.state import (
+    JobState,
+    fingerprint,
+    finished,
+    ordered,
+    output_digest,
+    read_states,
+    write_states,
+    write_text,
+)
+from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
+from tailor_fast.patching.plan import PatchPlan
+
+_log = logging.getLogger("tailor_fast")
+_UNEXPECTED = 1
+
+Shown = Callable[[], AbstractContextManager[Progress]]
+
+
+def _silent() -> AbstractContextManager[Progress]:
+    return nullcontext(Silent())
+
+
+def run_batch(
+    jobs: Sequence[JobSpec],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    shown: Shown = _silent,
+) -> list[JobState]:
+    """Patch all jobs, in order, and write a table, a page and the state into ``folder``.
+
+    A job that an earlier run has done is not done again, as long as its settings, the sizes and
+    times of its files, and its output are what they were.
+
+    Args:
+        jobs: from ``read_manifest``.
+        folder: of the tables; made if need be.
+        overwrite: replace outputs that exist, of jobs that are not done.
+        shown: makes the progress of one job.
+
+    Returns:
+        A line for each job.
+
+    Raises:
+        InputError: ``folder`` holds something else under a table's name.
+        OutputError: ``folder`` cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
+    states = read_states(folder)
+    states = {job.label: states[job.label] for job in jobs if job.label in states}
+    for number, job in enumerate(jobs, 1):
+        with shown() as progress:
+            place = f"job {number} of {len(jobs)}, {job.label}"
+            if _stands(job, states.get(job.label)):
+                progress.note(f"{place}: done before")
+                continue
+            progress.note(place)
+            states[job.label] = _run(job, overwrite, progress)
+            if states[job.label].error:
+                progress.note(f"{place}: {states[job.label].error}")
+        _write(folder, ordered(states, jobs))
+    _write(folder, ordered(states, jobs))
+    return ordered(states, jobs)
+
+
+def plan_batch(
+    jobs: Sequence[JobSpec], *, overwrite: bool = False
+) -> Iterator[tuple[JobSpec, PatchPlan | TailorError]]:
+    """Yield each job with what it would do, or with what it would fail of; no weight is read."""
+    for job in jobs:
+        try:
+            yield (
+                job,
+                plan_patch(
+                    job.base,
+                    job.tuned,
+                    job.out,
+                    job.recipe,
+                    calibration=job.calibration,
+                    statistics=job.statistics,
+                    retain=job.retain,
+                    options=job.options(overwrite=overwrite),
+                ),
+            )
+        except TailorError as error:
+            yield job, error
+
+
+def _stands(job: JobSpec, state: JobState | None) -> bool:
+    """Whether a job was done and nothing has changed since."""
+    if state is None or state.status != "done" or not state.manifest:
+        return False
+    try:
+        return state.fingerprint == fingerprint(job) and state.manifest == output_digest(job.out)
+    except TailorError:
+        return False  # the run itself will say what is missing
+
+
+def _run(job: JobSpec, overwrite: bool, progress: Progress) -> JobState:
+    start = time.perf_counter()
+    try:
+        key = fingerprint(job)
+        report = patch_checkpoint(
+            job.base,
+            job.tuned,
+            job.out,
+            job.recipe,
+            calibration=job.calibration,
+            statistics=job.statistics,
+            retain=job.retain,
+            options=job.options(overwrite=overwrite),
+            progress=progress,
+        )
+        return finished(job, report, key, time.perf_counter() - start)
+    except Exception as error:  # noqa: BLE001  the boundary of a job: the others go on
+        _log.debug("job %s", job.label, exc_info=True)
+        known = isinstance(error, TailorError)
+        text = str(error) if known else f"unexpected {type(error).__name__}: {error}"
+        return JobState(
+            job.label,
+            str(job.out),
+            "failed",
+            seconds=round(time.perf_counter() - start, 3),
+            error=" ".join(text.split()),
+            exit_code=error.exit_code if isinstance(error, TailorError) else _UNEXPECTED,
+        )
+
+
+def _write(folder: Path, states: Sequence[JobState]) -> None:
+    write_states(folder, states)
+    write_text(folder / TABLE_NAME, make_table(states))
+    write_text(folder / PAGE_NAME, make_page(states))
