@@ -11,7 +11,7 @@ from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.streamed import StreamedModel, run_dtype
 from tailor_fast.models.inputs import Tokens, load_processor, make_batches
-from tailor_fast.models.samples import hash_samples, read_samples
+from tailor_fast.models.samples import count_samples, hash_samples, read_samples
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,8 @@ def read_data(
     Raises:
         InputError: a sample or the processor is not usable.
     """
-    samples = read_samples(path)
-    found = len(samples)
-    if options.samples is not None and options.samples < found:
-        # Spread over the file: files are often sorted by task.
-        samples = [samples[i * found // options.samples] for i in range(options.samples)]
+    found = count_samples(path)
+    samples = read_samples(path, most=options.samples)
     batches = make_batches(
         samples,
         load_processor(directory),

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,12 +47,25 @@ class Sample:
         return f"{self.file} line {self.line}"
 
 
-def read_samples(path: Path, *, limit: int | None = None) -> list[Sample]:
+def count_samples(path: Path) -> int:
+    """Count the samples of a data file without reading what they say; blank lines do not count.
+
+    Raises:
+        InputError: the file cannot be read or holds no sample.
+    """
+    found = sum(1 for _, text in _lines(path) if text.strip())
+    if not found:
+        raise InputError(f"{path}: holds no sample; expected one JSON object a line")
+    return found
+
+
+def read_samples(path: Path, *, most: int | None = None) -> list[Sample]:
     """Read a data file; blank lines do not count as samples.
 
     Args:
         path: JSONL file in UTF-8.
-        limit: read no further than so many samples; None reads all.
+        most: read only so many samples, evenly spaced, because files are often sorted by task; None
+            reads all. Lines in between are neither parsed nor kept.
 
     Returns:
         The samples in the file's order, at least one.
@@ -62,11 +74,15 @@ def read_samples(path: Path, *, limit: int | None = None) -> list[Sample]:
         InputError: the file cannot be read or holds no sample, a line is not one JSON object of one
             of the two forms, or an image is missing; the message names the line.
     """
-    lines = ((number, text) for number, text in _lines(path) if text.strip())
-    samples = [_LineReader(path, number).read(text) for number, text in islice(lines, limit)]
-    if not samples:
-        raise InputError(f"{path}: holds no sample; expected one JSON object a line")
-    return samples
+    found = count_samples(path)
+    taken = found if most is None else min(most, found)
+    wanted = {index * found // taken for index in range(taken)}
+    lines = (line for line in _lines(path) if line[1].strip())
+    return [
+        _LineReader(path, number).read(text)
+        for index, (number, text) in enumerate(lines)
+        if index in wanted
+    ]
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tailor_fast._core.errors import InputError
-from tailor_fast.models.samples import hash_samples, read_samples
+from tailor_fast.models.samples import count_samples, hash_samples, read_samples
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -42,11 +42,18 @@ def test_both_forms_are_read_in_order(tmp_path: Path) -> None:
     assert alone.where == f"{path} line 4"
 
 
-def test_nothing_behind_the_limit_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path, {"prompt": "a"}, "", {"prompt": "b"}, "no JSON")
-    assert [sample.prompt for sample in read_samples(path, limit=2)] == ["a", "b"]
-    with pytest.raises(InputError, match="line 4: is not JSON"):
-        read_samples(path, limit=3)
+def test_samples_are_taken_from_the_whole_file(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"prompt": str(i)} for i in range(10)), "")
+    assert count_samples(path) == 10
+    for most, expected in ((1, "0"), (2, "05"), (3, "036"), (10, "0123456789"), (99, "0123456789")):
+        assert "".join(sample.prompt for sample in read_samples(path, most=most)) == expected
+
+
+def test_lines_in_between_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "a"}, "", "no JSON", {"prompt": "b"}, "no JSON")
+    assert [sample.line for sample in read_samples(path, most=2)] == [1, 4]
+    with pytest.raises(InputError, match="line 3: is not JSON"):
+        read_samples(path)
 
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
