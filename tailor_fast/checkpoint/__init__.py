@@ -4,7 +4,7 @@
 out from headers alone, ``StagedCheckpoint`` writes it: OUT is absent or complete.
 """
 
-from tailor_fast.checkpoint.card import model_card, read_license
+from tailor_fast.checkpoint.card import model_card, model_name, read_license
 from tailor_fast.checkpoint.dtypes import DTYPES, byte_size, dtype_name, torch_dtype
 from tailor_fast.checkpoint.errors import (
     ChangedError,
@@ -79,6 +79,7 @@ __all__ = [
     "input_record",
     "match_pair",
     "model_card",
+    "model_name",
     "open_checkpoint",
     "parse_size",
     "plan_layout",

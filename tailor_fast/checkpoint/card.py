@@ -8,7 +8,30 @@ from pathlib import Path
 from tailor_fast.checkpoint.sidefiles import CARD_NAME
 
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
-_CARD_LIMIT = 2**20  # characters of a card that are looked at
+_CARD_LIMIT = 2**20  # characters of a card or a configuration that are looked at
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")  # as a model hub names one
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the hub's local cache
+
+
+def model_name(path: Path) -> str:
+    """Return what to call a checkpoint in public: its place on this machine is nobody's business.
+
+    The hub's name where the path is in its local cache or the configuration tells one, else the
+    name of the directory or file.
+    """
+    absolute = path.absolute()
+    for part in absolute.parts:
+        cached = _CACHED.fullmatch(part)
+        if cached is not None:
+            return f"{cached[1]}/{cached[2]}"
+    try:
+        with (absolute / "config.json").open(encoding="utf-8") as file:
+            told = json.loads(file.read(_CARD_LIMIT))["_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        told = None  # the reader of the checkpoint says what is wrong with it
+    if isinstance(told, str) and _REPOSITORY.fullmatch(told):
+        return told
+    return absolute.name
 
 
 def read_license(directory: Path) -> str | None:

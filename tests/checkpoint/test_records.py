@@ -24,6 +24,7 @@ from tailor_fast.checkpoint import (
     checkpoint_root,
     input_record,
     model_card,
+    model_name,
     open_checkpoint,
     read_license,
 )
@@ -201,3 +202,23 @@ def test_license_of_a_card(tmp_path: Path, text: str, license_name: str | None) 
     assert read_license(tmp_path) is None
     (tmp_path / CARD_NAME).write_text(text)
     assert read_license(tmp_path) == license_name
+
+
+def test_a_checkpoint_is_not_called_by_its_place(tmp_path: Path) -> None:
+    plain = tmp_path / "llava-docs"
+    plain.mkdir()
+    assert model_name(plain) == "llava-docs"
+    assert model_name(plain / "model.safetensors") == "model.safetensors"
+    for told, expected in (
+        ('{"_name_or_path": "llava-hf/llava-1.5-7b-hf"}', "llava-hf/llava-1.5-7b-hf"),
+        ('{"_name_or_path": "/home/me/llava"}', "llava-docs"),
+        ('{"_name_or_path": "./checkpoints/a"}', "llava-docs"),
+        ('{"_name_or_path": "a/b/c"}', "llava-docs"),
+        ('{"_name_or_path": 3}', "llava-docs"),
+        ("[]", "llava-docs"),
+        ("{", "llava-docs"),
+    ):
+        (plain / "config.json").write_text(told)
+        assert model_name(plain) == expected
+    cached = tmp_path / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "0123abc"
+    assert model_name(cached) == "llava-hf/llava-1.5-7b-hf"
