@@ -10,10 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Launch configuration of one kernel. The reason for its numbers stands where it is made."""
+    """Launch configuration of one kernel. The reason for its numbers stands where it is made.
+
+    ``enable_fp_fusion=False`` keeps the compiler from contracting ``a * b + c`` into an FMA, for
+    kernels whose bits are promised.
+    """
 
     num_warps: int
     num_stages: int = 2
+    enable_fp_fusion: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from tailor_fast.ops.decorate.values import (
     damping_of,
 )
 
-ORDER: Order = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+# On CPU tensors Triton means its interpreter: for tests, never what `auto` takes.
+ORDER: Order = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
 
 Tensor = torch.Tensor
 Losses = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -45,3 +45,13 @@ def test_same_bits_from_run_to_run() -> None:
     mask = torch.rand(x.shape[0], device="cuda") < 0.7
     first = sums(x, mask)
     assert all(torch.equal(a, b) for a, b in zip(first, sums(x, mask), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_columns_and_segments(dtype: torch.dtype) -> None:
+    """Wide tiles, several bands of them, and more tokens than one accumulator takes."""
+    x = inputs(5000, 2304, dtype).cuda()
+    got = accumulate_gram_(torch.zeros(2304, 2304, device="cuda"), x)
+    wide, plain = x.double(), x.float()
+    assert torch.equal(got, got.T)
+    assert_within(got, wide.T @ wide, plain.T @ plain)

@@ -1,0 +1,123 @@
+"""The ``decorate`` op on a GPU: Triton kernels, with GEMM and Cholesky from torch.
+
+Rows are independent in ``exact`` and ``obs``: both work on one tile of rows at a time, and the
+in-place forms run the same code on the same tiles. A tile is large, for the GEMMs: 4096 rows at
+4096 columns. ``exact`` takes about 2 GiB for it, and 4 bytes per element of the Gram.
+"""
+
+import math
+
+import torch
+
+from tailor_fast._core.launch import KernelForm
+from tailor_fast.ops.decorate.tiles import (
+    Load,
+    Losses,
+    Store,
+    as_losses,
+    in_place,
+    row_tiles,
+)
+from tailor_fast.ops.decorate.triton import cg, sweep
+from tailor_fast.ops.decorate.triton import system as systems
+from tailor_fast.ops.decorate.triton.exact import Problem, solve_rows
+from tailor_fast.ops.decorate.triton.official import decorate_official_
+from tailor_fast.ops.decorate.triton.system import System
+
+__all__ = [
+    "decorate_exact",
+    "decorate_exact_",
+    "decorate_obs",
+    "decorate_obs_",
+    "decorate_official_",
+    "kernels",
+]
+
+TILE = 1 << 24  # elements of a row tile
+
+Tensor = torch.Tensor
+
+
+def decorate_exact(
+    delta: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    rhs: Tensor | None,
+    target_energy: Tensor | None,
+    damping: float,
+    tol: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The minimiser on the mask; returns patch and losses."""
+    patch = torch.empty_like(delta)
+    problem = Problem(System(gram, damping), tol, max_iterations)
+    return patch, *_exact(delta.__getitem__, patch.__setitem__, mask, rhs, target_energy, problem)
+
+
+def decorate_exact_(
+    weight: Tensor,
+    base: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    rhs: Tensor | None,
+    target_energy: Tensor | None,
+    damping: float,
+    tol: float,
+    max_iterations: int,
+) -> Losses:
+    """``decorate_exact`` written into the tuned ``weight``; returns the losses."""
+    load, store = in_place(weight, base, mask)
+    problem = Problem(System(gram, damping), tol, max_iterations)
+    return _exact(load, store, mask, rhs, target_energy, problem)
+
+
+def decorate_obs(
+    delta: Tensor, mask: Tensor, gram: Tensor, percdamp: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The OBS sweep on the mask; returns patch and losses."""
+    patch = torch.empty_like(delta)
+    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, percdamp)
+
+
+def decorate_obs_(
+    weight: Tensor, base: Tensor, mask: Tensor, gram: Tensor, percdamp: float
+) -> Losses:
+    """``decorate_obs`` written into the tuned ``weight``; returns the losses."""
+    return _obs(*in_place(weight, base, mask), mask, gram, percdamp)
+
+
+def kernels() -> tuple[KernelForm, ...]:
+    """Forms of the kernels that launches on real layers use."""
+    return (*systems.forms(), *cg.forms(), *sweep.forms())
+
+
+def _exact(
+    load: Load,
+    store: Store,
+    mask: Tensor,
+    rhs: Tensor | None,
+    target_energy: Tensor | None,
+    problem: Problem,
+) -> Losses:
+    losses = mask.new_zeros(3, dtype=torch.float64)
+    if rhs is not None:
+        losses += math.nan if target_energy is None else target_energy
+    iterations = 0
+    for rows in row_tiles(mask, TILE):
+        tile_rhs = None if rhs is None else rhs[rows]
+        tile = solve_rows(problem, load(rows), mask[rows], tile_rhs)
+        store(rows, tile.patch)
+        losses += tile.losses
+        iterations = max(iterations, tile.iterations)
+    return as_losses(losses, iterations)
+
+
+def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, percdamp: float) -> Losses:
+    root = sweep.factorize(gram, percdamp)
+    system = System(gram, root.damping)
+    losses = gram.new_zeros(3, dtype=torch.float64)
+    for rows in row_tiles(mask, TILE):
+        patch, tile_losses = sweep.sweep_rows(root, system, load(rows), mask[rows])
+        store(rows, patch)
+        losses += tile_losses
+    return as_losses(losses, iterations=0)

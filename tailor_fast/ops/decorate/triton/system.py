@@ -1,0 +1,164 @@
+"""``A = gram + λI`` as tensor cores take it: float16, scaled to a unit diagonal.
+
+    A = m T U T,   m the mean of A's diagonal,   T_j = sqrt(A_jj / m),   U_jj = 1
+
+The entries of ``U`` are at most 1 in size, for A is a Gram. So float16 holds them with the 11 bits
+that TF32 has, at twice its speed and in half its memory, and whatever precision a user's switches
+allow float32 products. What float16 rounds away is held in a second float16 matrix: both together
+have 22 bits. Multiplying by ``T`` first is Jacobi preconditioning.
+"""
+
+from dataclasses import asdict
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+
+from tailor_fast._core.launch import KernelForm, Launch
+
+Tensor = torch.Tensor
+
+# U is held 256 times as large: what float16 rounds away from an entry of 1e-2 is normal there too.
+UNIT = 256.0
+# Multiplications from which on the rounding of float16 products averages out of an energy, to 1e-6
+# of it. Smaller problems are computed in float64, which costs nothing there.
+FLOAT16_FROM = 1 << 30
+_PANEL = 2048  # columns of the Gram that are converted to float64 at a time
+# One read and two writes: 64 rows and columns are 16 KiB to load, 32 elements a thread.
+HALVES = Launch(num_warps=4)
+HALVES_TILE = 64
+
+
+@triton.jit
+def _halves_kernel(
+    gram_ptr,  # float32 [cols, cols]
+    row_ptr,  # float32 [cols], UNIT / (m T); 0 where the diagonal is 0
+    column_ptr,  # float32 [cols], 1 / T; 0 there too
+    high_ptr,  # float16 [cols, cols]
+    low_ptr,  # float16 [cols, cols]
+    cols,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    j = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    inside = (i < cols) & (j < cols)
+    at = i.to(tl.int64) * cols + j
+    row = tl.load(row_ptr + i, mask=i < cols, other=0.0)
+    column = tl.load(column_ptr + j, mask=j < cols, other=0.0)
+    value = tl.load(gram_ptr + at, mask=inside, other=0.0) * row * column
+    # The diagonal alone has the damping. Beyond it a Gram has no larger entry; another matrix may.
+    value = tl.where(i == j, tl.where(column > 0, UNIT, 0.0), value)
+    value = tl.minimum(tl.maximum(value, -UNIT), UNIT)
+    high = value.to(tl.float16)
+    tl.store(high_ptr + at, high, mask=inside)
+    tl.store(low_ptr + at, (value - high.to(tl.float32)).to(tl.float16), mask=inside)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of float16 matrices in float32."""
+    if x.is_cuda:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()  # under the interpreter: the CPU has no such product
+
+
+class System:
+    """A Gram and its damping.
+
+    Attributes:
+        gram: float32 ``[cols, cols]``.
+        damping: λ.
+        mean: m, 1 where the whole diagonal is 0.
+        root: T, float64 ``[cols]``.
+        inverse_root: its inverse, 0 where T is 0: such weights stay where they are.
+    """
+
+    def __init__(self, gram: Tensor, damping: float) -> None:
+        self.gram, self.damping = gram, damping
+        diagonal = gram.diagonal().double() + damping
+        mean = diagonal.mean().item() if len(gram) else 0.0
+        self.mean = mean if mean > 0 else 1.0
+        self.root = (diagonal / self.mean).sqrt()
+        self.inverse_root = torch.where(self.root > 0, 1 / self.root, 0)
+
+    @cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """``UNIT * U`` in float16, and what that rounds away."""
+        cols = len(self.gram)
+        high = torch.empty_like(self.gram, dtype=torch.float16)
+        low = torch.empty_like(high)
+        tiles = triton.cdiv(cols, HALVES_TILE)
+        _halves_kernel[(tiles, tiles)](
+            self.gram,
+            (self.inverse_root * (UNIT / self.mean)).float(),
+            self.inverse_root.float(),
+            high,
+            low,
+            cols,
+            UNIT=UNIT,
+            TILE=HALVES_TILE,
+            **asdict(HALVES),
+        )
+        return high, low
+
+    def small(self, rows: int) -> bool:
+        """Whether ``rows`` of products are computed in float64 because that costs nothing."""
+        return rows * len(self.gram) ** 2 < FLOAT16_FROM
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x A`` of ``x [rows, cols]`` in float64."""
+        x = x.double()
+        out = x * self.damping
+        for start in range(0, len(self.gram), _PANEL):
+            columns = slice(start, start + _PANEL)
+            out[:, columns].addmm_(x, self.gram[:, columns].double())
+        return out
+
+    def approximate(self, x: Tensor) -> Tensor:
+        """``x A`` in float32, with 21 bits of each factor: three products of float16."""
+        high, low = self.halves
+        scaled = x.float() * self.root.float()
+        size = _sizes(scaled)
+        scaled.mul_(UNIT / size)
+        first = scaled.half()
+        answer = product(first, high)
+        answer += product(first, low)
+        answer += product(scaled.sub_(first).half(), high)
+        return answer.mul_(size * (self.mean / UNIT**2)).mul_(self.root.float())
+
+    def answer(self, x: Tensor) -> Tensor:
+        """``x A``: in float64 where that costs nothing, else the approximation."""
+        return self.multiply(x) if self.small(len(x)) else self.approximate(x)
+
+    def correction(self, z: Tensor) -> Tensor:
+        """What the lower half of U's bits adds to ``z U``; 11 bits of ``z`` are enough for that."""
+        size = _sizes(z)
+        return product((z * (UNIT / size)).half(), self.halves[1]).mul_(size / UNIT**2)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """``x A x`` summed over rows, 0-d float64; of 11 bits of ``x`` where there are many."""
+        if self.small(len(x)):
+            return (x.double() * self.multiply(x)).sum()
+        high, low = self.halves
+        scaled = x * self.root.float()
+        size = _sizes(scaled)
+        rounded = scaled.mul_(UNIT / size).half()
+        answer = product(rounded, high).add_(product(rounded, low))
+        rows = (answer.mul_(rounded)).sum(1, dtype=torch.float64)
+        return (rows * size[:, 0].double().square()).sum() * (self.mean / UNIT**3)
+
+
+def _sizes(x: Tensor) -> Tensor:
+    """Largest element of each row, ``[rows, 1]``; not so small that its inverse overflows."""
+    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30)
+
+
+def forms() -> list[KernelForm]:
+    """The kernel as it is launched."""
+    pointers = {"gram_ptr": "*fp32", "row_ptr": "*fp32", "column_ptr": "*fp32"}
+    signature = {**pointers, "high_ptr": "*fp16", "low_ptr": "*fp16", "cols": "i32"}
+    constants = {"UNIT": UNIT, "TILE": HALVES_TILE}
+    return [
+        KernelForm("halves", _halves_kernel, signature, constants, HALVES, frozenset(signature))
+    ]
