@@ -6,20 +6,21 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 DEMO ?= demo-out
 TRITON36 := .venv-triton36
 
-.PHONY: help setup triton36 test asan demo bench lint type fmt clean
+.PHONY: help setup triton36 test asan demo bench docs lint type fmt clean
 
 help:
 	@echo "make demo   make a model pair from real images, fine-tune it until it forgets, tailor it, print the table"
 	@echo "make test   run every test (sets up $(VENV) when it is missing)"
 	@echo "make asan   run the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make bench  time the ops against eager torch"
+	@echo "make docs   build the documentation into build/site"
 	@echo "make lint | type | fmt"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs]'
 	touch $(STAMP)
 
 # The oldest triton that is supported, in a folder of its own: the compile tests put it on their path
@@ -58,6 +59,10 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks -o addopts= --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	$(PY) -m mkdocs build
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -14,6 +14,7 @@ from tailor_fast._version import __version__
 if TYPE_CHECKING:
     from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate
     from tailor_fast.ops import backends
+    from tailor_fast.patchfile import Patch
     from tailor_fast.patching import (
         PatchPlan,
         Recipe,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CalibrationReport": "calibration",
+    "Patch": "patchfile",
     "PatchPlan": "patching",
     "Recipe": "patching",
     "Report": "patching",
@@ -40,6 +42,7 @@ _HOMES = {
 
 __all__ = [
     "CalibrationReport",
+    "Patch",
     "PatchPlan",
     "Recipe",
     "Report",

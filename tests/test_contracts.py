@@ -20,6 +20,7 @@ from tests.source_tree import PACKAGE, ROOT, files, parse
 
 PUBLIC = [
     "CalibrationReport",
+    "Patch",
     "PatchPlan",
     "Recipe",
     "Report",

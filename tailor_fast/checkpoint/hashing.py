@@ -18,15 +18,24 @@ HashName = Literal["xxh3-128", "sha256"]
 HASHES: tuple[str, ...] = get_args(HashName)
 
 
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
+class Hash(Protocol):
+    """What every algorithm offers."""
 
-    def hexdigest(self) -> str: ...
+    def update(self, data: memoryview, /) -> None:
+        """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """Digest of what was added so far."""
 
 
-def _new(algorithm: str) -> _Hash:
+def new_hash(algorithm: str) -> Hash:
+    """Return a fresh hash.
+
+    Raises:
+        ValueError: no such algorithm.
+    """
     if algorithm == "xxh3-128":
-        fast: _Hash = xxhash.xxh3_128()
+        fast: Hash = xxhash.xxh3_128()
         return fast
     if algorithm == "sha256":
         return hashlib.sha256()
@@ -46,7 +55,7 @@ class TensorHasher:
         Raises:
             ValueError: no such algorithm.
         """
-        self._hash = _new(algorithm)
+        self._hash = new_hash(algorithm)
         sizes = ",".join(str(size) for size in shape)
         self._hash.update(memoryview(f"{dtype}|{len(shape)}|{sizes}|".encode()))
 
@@ -64,7 +73,7 @@ def checkpoint_root(digests: Mapping[str, str], algorithm: HashName = "xxh3-128"
 
     Definition: ``H`` over ``NAME NUL DIGEST LF`` in UTF-8, sorted by name.
     """
-    root = _new(algorithm)
+    root = new_hash(algorithm)
     for name, digest in sorted(digests.items()):
         root.update(memoryview(f"{name}\0{digest}\n".encode()))
     return root.hexdigest()

@@ -17,14 +17,17 @@ import typer
 
 from tailor_fast._core.errors import TailorError
 from tailor_fast._version import __version__
+from tailor_fast.cli.apply import ApplyOptions, apply
 from tailor_fast.cli.backends import BackendsOptions, backends
 from tailor_fast.cli.batch import BatchCommandOptions, batch
 from tailor_fast.cli.bench import BenchOptions, bench
 from tailor_fast.cli.calibrate import CalibrateOptions, calibrate
+from tailor_fast.cli.diff import DiffOptions, diff
 from tailor_fast.cli.inspect import InspectOptions, inspect
 from tailor_fast.cli.options import Options
 from tailor_fast.cli.patch import PatchOptions, patch
 from tailor_fast.cli.plan import PlanOptions, plan
+from tailor_fast.cli.revert import RevertOptions, revert
 from tailor_fast.cli.verify import VerifyOptions, verify
 
 PROGRAM = "tailor-fast"
@@ -64,6 +67,9 @@ def _app() -> typer.Typer:
     _add(app, PlanOptions, plan)
     _add(app, BatchCommandOptions, batch)
     _add(app, CalibrateOptions, calibrate)
+    _add(app, DiffOptions, diff)
+    _add(app, ApplyOptions, apply)
+    _add(app, RevertOptions, revert)
     _add(app, InspectOptions, inspect)
     _add(app, VerifyOptions, verify)
     _add(app, BackendsOptions, backends)

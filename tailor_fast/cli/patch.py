@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tailor_fast._core.errors import UsageError
 from tailor_fast.cli.plan import PlanOptions, plan
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 class PatchOptions(PlanOptions):
     """The options of ``plan``, which ``--dry-run`` runs."""
 
+    save_patch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write what turns BASE into OUT: NAME.tailor.safetensors"
+        ),
+    ] = None
+    no_checkpoint: Annotated[
+        bool, typer.Option("--no-checkpoint", help="Write the patch only; OUT is but a name in it.")
+    ] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be done, as `plan` does.")
     ] = False
@@ -25,16 +35,27 @@ class PatchOptions(PlanOptions):
 
 def patch(options: PatchOptions) -> None:
     """Keep the best few of TUNED's weights, adjusted, on BASE, and write the model to OUT."""
+    if options.no_checkpoint and options.save_patch is None:
+        raise UsageError("--no-checkpoint leaves nothing to write; expected --save-patch with it")
     if options.dry_run:
         plan(options)
         return
+    from functools import partial
+
     from tailor_fast.cli.progress import shown
     from tailor_fast.cli.settings import recipe_of, run_options
-    from tailor_fast.patching.checkpoints import patch_checkpoint
+    from tailor_fast.patching import checkpoints, saving
 
+    run = checkpoints.patch_checkpoint
+    if options.save_patch is not None:
+        run = partial(
+            saving.patch_to_file,
+            save_patch=options.save_patch,
+            checkpoint=not options.no_checkpoint,
+        )
     recipe = recipe_of(options)
     with shown(options.quiet) as progress:
-        report = patch_checkpoint(
+        report = run(
             options.base,
             options.tuned,
             options.out,
@@ -46,14 +67,15 @@ def patch(options: PatchOptions) -> None:
             progress=progress,
         )
     if not options.quiet:
-        _show(report, options.out)
+        _show(report, options)
 
 
-def _show(report: Report, out: Path) -> None:
+def _show(report: Report, options: PatchOptions) -> None:
     from tailor_fast.checkpoint import REPORT_NAME
-    from tailor_fast.cli.tables import facts, share, show
+    from tailor_fast.cli.tables import facts, share, show, shown_size
     from tailor_fast.patching.checkpoints import PICTURE_NAME
 
+    out, patch = None if options.no_checkpoint else options.out, options.save_patch
     kept = (
         f"{share(report.kept, report.targeted)}, {report.kept:,} of {report.targeted:,} weights in"
         f" {len(report.linears)} layers"
@@ -63,11 +85,12 @@ def _show(report: Report, out: Path) -> None:
         facts(
             {
                 "out": out,
+                "patch": patch and f"{patch}, {shown_size(patch.stat().st_size)}",
                 "kept": kept,
                 "loss": _losses(report),
                 "time": seconds,
-                "report": out / REPORT_NAME,
-                "picture": out / PICTURE_NAME,
+                "report": out and out / REPORT_NAME,
+                "picture": out and out / PICTURE_NAME,
                 "notes": "\n".join(report.notes) or None,
             }
         )

@@ -1,7 +1,8 @@
-"""``tailor-fast verify``: is an output what it claims to be?"""
+"""``tailor-fast verify``: is an output, or a patch file, what it claims to be?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 from tailor_fast.cli.options import Quietable
 
 if TYPE_CHECKING:
+    from tailor_fast.patchfile import PatchVerification
     from tailor_fast.patching.verify import VerifyResult
 
 VIOLATED = 1
@@ -19,15 +21,17 @@ _MOST_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Quietable):
-    """``DIR``."""
+    """``DIR|PATCH``."""
 
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `patch`.")]
+    out: Annotated[
+        Path, typer.Argument(metavar="DIR|PATCH", help="Output of `patch`, or a patch file.")
+    ]
     base: Annotated[
         Path | None,
         typer.Option(
             metavar="BASE",
             help="Checkpoint that it was made from.",
-            show_default="where it was then",
+            show_default="where it was then; of a patch file: not compared",
         ),
     ] = None
 
@@ -35,22 +39,62 @@ class VerifyOptions(Quietable):
 def verify(options: VerifyOptions) -> int:
     """Prove that every word that was not patched is BASE's, and files, index and k hold.
 
-    Exit code 0 when everything holds, 1 when something is violated.
+    Of a patch file: that its structure, counts and digests hold, and with --base that it turns BASE
+    into its target. Exit code 0 when everything holds, 1 when something is violated.
     """
+    if options.out.is_file():
+        return _verify_patch(options)
     from tailor_fast.cli.progress import shown
-    from tailor_fast.cli.tables import show
     from tailor_fast.patching.verify import verify_output
 
     with shown(options.quiet) as progress:
         result = verify_output(options.out, base=options.base, progress=progress)
     if not options.quiet:
         _show(result)
-    listed = result.violations if options.verbose else result.violations[:_MOST_SHOWN]
+    return _list(result.violations, options)
+
+
+def _verify_patch(options: VerifyOptions) -> int:
+    from tailor_fast.cli.progress import shown
+    from tailor_fast.patchfile import verify_patch
+
+    with shown(options.quiet) as progress:
+        result = verify_patch(options.out, base=options.base, progress=progress)
+    if not options.quiet:
+        _show_patch(result)
+    return _list(result.violations, options)
+
+
+def _list(violations: Sequence[str], options: VerifyOptions) -> int:
+    """Print the violations and return the exit code."""
+    from tailor_fast.cli.tables import show
+
+    listed = violations if options.verbose else violations[:_MOST_SHOWN]
     for violation in listed:
         show(f"violated: {violation}")
-    if len(listed) < len(result.violations):
-        show(f"and {len(result.violations) - len(listed)} more; -v lists all")
-    return 0 if result.ok else VIOLATED
+    if len(listed) < len(violations):
+        show(f"and {len(violations) - len(listed)} more; -v lists all")
+    return VIOLATED if violations else 0
+
+
+def _verdict(violations: Sequence[str]) -> str:
+    return f"{len(violations)} violations" if violations else "holds"
+
+
+def _show_patch(result: PatchVerification) -> None:
+    from tailor_fast.cli.tables import facts, show, shown_size
+
+    reached = "the patch turns it into its target, bit for bit" if result.reached else None
+    show(
+        facts(
+            {
+                "verdict": _verdict(result.violations),
+                "base": reached,
+                "read": f"{shown_size(result.nbytes)}, {result.words:,} stored weights in"
+                f" {result.tensors:,} tensors",
+            }
+        )
+    )
 
 
 def _show(result: VerifyResult) -> None:
@@ -73,7 +117,7 @@ def _show(result: VerifyResult) -> None:
     show(
         facts(
             {
-                "verdict": "holds" if result.ok else f"{len(result.violations)} violations",
+                "verdict": _verdict(result.violations),
                 "changed": f"{share(changed, weights)}, {changed:,} of {weights:,} weights",
                 "untouched": f"{checked.get('untouched', 0):,} of {checked.get('tensors', 0):,}"
                 " tensors compared bit for bit",

@@ -44,6 +44,8 @@ SCRIPT = """
     from llava.train.llava_trainer import Trainer
     import llava.sparsegpt
 
+    SPARSITY, OUT = 0.9, sys.argv[1] if sys.argv[1:] else "pruned.safetensors"
+
     def make():
         torch.manual_seed(0)
         base, tuned = nn.Linear(192, 48), nn.Linear(192, 48)
@@ -56,31 +58,35 @@ SCRIPT = """
         base, tuned, batches = make()
         original = tuned.weight.data.clone()
         with torch.no_grad():
-            Trainer().prune(tuned, base, batches, float(sys.argv[1]))
+            Trainer().prune(tuned, base, batches, SPARSITY)
         trained = tuned.weight.data
         tuned.weight.data = original
         gpt = SparseGPT(tuned, base)
         for batch in batches:
             gpt.add_batch(batch, None)
-        zeros, full, sparse, mask = gpt.fasterprune(float(sys.argv[1]))
+        zeros, full, sparse, mask = gpt.fasterprune(SPARSITY)
         save_file({"trained": trained, "evaluated": tuned.weight.data, "mask": mask,
                    "base": base.weight.data, "tuned": original,
-                   **{f"x{i}": batch for i, batch in enumerate(batches)}}, sys.argv[2])
+                   **{f"x{i}": batch for i, batch in enumerate(batches)}}, OUT)
 """
 
 
-@pytest.fixture
-def upstream(tmp_path: Path) -> Path:
-    """The folder of a checkout of theirs; its script."""
-    train = tmp_path / "checkout" / "llava" / "train"
+def upstream_checkout(place: Path, trainer: str = TRAINER, script: str = SCRIPT) -> Path:
+    """Write a checkout of theirs; returns its script."""
+    train = place / "llava" / "train"
     train.mkdir(parents=True)
     for folder in (train.parent, train):
         (folder / "__init__.py").touch()
         (folder / "sparsegpt.py").write_text(ORIGINAL)
-    (train / "llava_trainer.py").write_text(textwrap.dedent(TRAINER))
-    script = tmp_path / "checkout" / "main_model_tailor.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    return script
+    (train / "llava_trainer.py").write_text(textwrap.dedent(trainer))
+    path = place / "main_model_tailor.py"
+    path.write_text(textwrap.dedent(script))
+    return path
+
+
+@pytest.fixture
+def upstream(tmp_path: Path) -> Path:
+    return upstream_checkout(tmp_path / "checkout")
 
 
 def start(*arguments: object) -> tuple[int, str, str]:
@@ -95,7 +101,7 @@ def start(*arguments: object) -> tuple[int, str, str]:
 
 def test_a_script_of_theirs(upstream: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    code, printed, errors = start(upstream, "0.9", out)
+    code, printed, errors = start(upstream, out)
     assert code == 0, errors
     assert [line.split()[0] for line in printed.splitlines()] == ["time", "error"] * 2
     saved = load_file(out)
@@ -116,7 +122,7 @@ def test_another_mode(upstream: Path, tmp_path: Path) -> None:
     weights = {}
     for mode in ("official", "exact"):
         out = tmp_path / f"{mode}.safetensors"
-        code, _, errors = start("--mode", mode, upstream, "0.9", out)
+        code, _, errors = start("--mode", mode, upstream, out)
         assert code == 0, errors
         weights[mode] = load_file(out)["evaluated"]
     assert not torch.equal(weights["official"], weights["exact"])
