@@ -30,7 +30,7 @@ def authors_gram(batches: list[torch.Tensor]) -> torch.Tensor:
         batches: layer inputs ``[tokens, cols]`` (one sequence) or ``[sequences, tokens, cols]``.
     """
     cols, count = batches[0].shape[-1], 0
-    gram = torch.zeros(cols, cols)
+    gram = torch.zeros(cols, cols, device=batches[0].device)
     for batch in batches:
         added = 1 if batch.dim() == 2 else batch.shape[0]
         gram *= count / (count + added)

@@ -38,7 +38,8 @@ def special_words(dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([0, 1, -1, torch.iinfo(word).min, torch.iinfo(word).max], dtype=word)
     infinity = torch.tensor(float("inf"), dtype=dtype).view(word)  # the largest where there is none
     positive = torch.stack([infinity * 0, infinity * 0 + 1, infinity, infinity | 1, infinity | 3])
-    return torch.cat([positive, positive | torch.iinfo(word).min]).unique()
+    words: torch.Tensor = torch.cat([positive, positive | torch.iinfo(word).min]).unique()
+    return words
 
 
 def random_words(size: int, dtype: torch.dtype) -> torch.Tensor:
