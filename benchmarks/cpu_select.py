@@ -6,6 +6,9 @@ The ways are timed in turn within a round, so that a busy machine slows all of t
 compared. A gate runs first: the masks of the library equal those of its reference, and the
 baselines keep as many, the authors' way but for ties at its threshold. One row per way: seconds,
 gigabytes of the pair per second, and the ratio to ``select_patch`` (probe: select's share of it).
+
+A call returns a new mask, whose memory the system clears page by page as it is first written. The
+ways named ``reused`` write the same mask each time: what selection itself takes.
 """
 
 import argparse
@@ -23,7 +26,8 @@ import torch
 from benchmarks.bench_select import _by_sort, _by_topk, _scores
 from tailor_fast import _C
 from tailor_fast._version import __version__
-from tailor_fast.ops.select import kept_count, select_patch
+from tailor_fast.ops.select import kept_count, native, select_patch
+from tailor_fast.ops.select.options import Scoring
 
 DENSITY = 0.1
 OUTPUT = Path(__file__).parent / "results" / "cpu" / "select.csv"
@@ -44,10 +48,18 @@ def ways(base: torch.Tensor, tuned: torch.Tensor, c: torch.Tensor) -> dict[str, 
     words, threads = base.numel() * base.element_size() // 8, torch.get_num_threads()
     addresses = [base.data_ptr(), tuned.data_ptr()]
     salience = {"salience_weight": 1.0, "normalize": "none"}
+    mask = torch.zeros(base.shape, dtype=torch.bool)
+
+    def reused(scoring: Scoring) -> Way:
+        pair = native._describe(base, tuned, c, scoring)
+        return lambda: native._run(pair, mask, tuple(base.shape), (k, k), native.Tuning())  # type: ignore[arg-type]  # two sizes
+
     return {
         "read_probe": lambda: _C.read_probe(addresses, words, threads),
         "select_salience": lambda: select_patch(base, tuned, density=DENSITY, **salience),  # type: ignore[arg-type]  # options from a dict
         "select_row_block": lambda: select_patch(base, tuned, c, density=DENSITY),
+        "select_salience_reused": reused(Scoring("obs", 1.0, "none")),
+        "select_row_block_reused": reused(Scoring("obs", 0.5, "row_block")),
         "torch_sort": lambda: _by_sort(_scores(base.float(), tuned.float(), c), k),
         "torch_topk": lambda: _by_topk(_scores(base.float(), tuned.float(), c), k),
     }

@@ -1,5 +1,8 @@
 // The extension module: raw addresses and sizes in, no Torch header, so one build serves any torch.
 // Callers are the `native.py` of each op, which have checked shapes, dtypes and strides.
+#include <pybind11/stl.h>
+
+#include "common/cpu.h"
 #include "modules.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -9,6 +12,9 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("openmp") = false;
 #endif
+  // Of `decorate` and `gram`; `select` is told which with every call.
+  module.def("instruction_sets", &tailor_fast::instruction_sets);
+  module.def("use_instruction_set", &tailor_fast::use_instruction_set, pybind11::arg("name"));
   tailor_fast::register_codec(module);
   tailor_fast::register_decorate(module);
   tailor_fast::register_gram(module);

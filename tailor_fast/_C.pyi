@@ -36,7 +36,8 @@ def codec_apply(
     word_count: int,
     threads: int,
 ) -> tuple[str, int, int, int] | None: ...
-def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
+def use_instruction_set(name: str) -> None: ...
 def decorate_exact(
     delta: int,
     mask: int,
@@ -51,18 +52,16 @@ def decorate_exact(
     stats: int,
     threads: int,
 ) -> None: ...
-def decorate_rise(
-    error: int,
-    step: int,
+def decorate_objectives(
+    errors: int,
+    delta: int,
+    patch: int,
     mask: int,
-    gram: int,
+    upper: int,
     rows: int,
     cols: int,
-    damping: float,
-    wide: bool,
-    rise: int,
     threads: int,
-) -> None: ...
+) -> tuple[float, float]: ...
 def decorate_sweep(
     weight: int,
     weight_stride: int,
@@ -78,6 +77,20 @@ def decorate_sweep(
     width: int,
     first: int,
     last: int,
+    threads: int,
+) -> None: ...
+def decorate_sweep_delta(
+    weight: int,
+    delta: int,
+    mask: int,
+    factor: int,
+    diagonal: int,
+    errors: int,
+    patch: int,
+    rest: int,
+    rows: int,
+    width: int,
+    cols: int,
     threads: int,
 ) -> None: ...
 def decorate_score(

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "common/bytes.h"
@@ -9,6 +10,7 @@
 #include "common/parallel.h"
 #include "decorate/exact.h"
 #include "decorate/kernels.h"
+#include "decorate/losses.h"
 #include "modules.h"
 
 namespace py = pybind11;
@@ -16,10 +18,7 @@ namespace py = pybind11;
 namespace tailor_fast {
 namespace decorate {
 
-const Kernels& kernels() {
-  static const Kernels& best = TAILOR_FAST_BEST(kDecorate);
-  return best;
-}
+const Kernels& kernels() { return TAILOR_FAST_KERNELS(kDecorate); }
 
 }  // namespace decorate
 
@@ -38,11 +37,14 @@ void exact(uintptr_t delta, uintptr_t mask, uintptr_t rhs, uintptr_t gram, int64
                         threads);
 }
 
-void rise(uintptr_t error, uintptr_t step, uintptr_t mask, uintptr_t gram, int64_t rows,
-          int64_t cols, double damping, bool wide, uintptr_t out, int threads) {
-  decorate::find_rise({pointer(error), pointer(step), array<uint8_t>(mask), pointer(gram), rows,
-                       cols, damping, wide, array<double>(out)},
-                      threads);
+std::pair<double, double> objectives(uintptr_t errors, uintptr_t delta, uintptr_t patch,
+                                     uintptr_t mask, uintptr_t upper, int64_t rows, int64_t cols,
+                                     int threads) {
+  const decorate::Objectives found = decorate::find_objectives(
+      {array<float>(errors), array<float>(delta), array<float>(patch), array<uint8_t>(mask),
+       array<float>(upper), rows, cols},
+      threads);
+  return {found.bare, found.reverted};
 }
 
 constexpr int64_t kChunk = 32;  // rows of one task of a sweep
@@ -72,6 +74,30 @@ void sweep(uintptr_t weight, int64_t weight_stride, uintptr_t mask, int64_t mask
   });
 }
 
+// A sweep towards 0 of a whole block of a delta: its part of the patch, and what is left of it. The
+// arrays that start at the block have rows of `cols`.
+void sweep_delta(uintptr_t weight, uintptr_t delta, uintptr_t mask, uintptr_t factor,
+                 uintptr_t diagonal, uintptr_t errors, uintptr_t patch, uintptr_t rest,
+                 int64_t rows, int64_t width, int64_t cols, int threads) {
+  const decorate::Sweep block = {array<float>(weight), width, array<uint8_t>(mask), cols,
+                                 nullptr,              0,     array<float>(factor),
+                                 array<float>(diagonal), array<float>(errors), cols,
+                                 width,                  0,                    width};
+  by_rows(rows, width, threads, [&](int64_t begin, int64_t end, float* scratch) {
+    decorate::kernels().sweep(block, begin, end, scratch);
+    for (int64_t r = begin; r < end; ++r) {
+      const float* settled = block.weight + r * width;
+      const uint8_t* kept = block.mask + r * cols;
+      const float* before = array<float>(delta) + r * cols;
+      float *some = array<float>(patch) + r * cols, *others = array<float>(rest) + r * cols;
+      for (int64_t j = 0; j < width; ++j) {
+        some[j] = kept[j] ? settled[j] : 0.0f;
+        others[j] = before[j] - some[j];
+      }
+    }
+  });
+}
+
 void score(uintptr_t weight, int64_t weight_stride, uintptr_t salience, uintptr_t squares,
            uintptr_t out, int64_t rows, int64_t width, float salience_weight,
            float sensitivity_weight, bool guarded, int threads) {
@@ -90,19 +116,22 @@ void register_decorate(py::module_& module) {
   module.def("decorate_exact", &exact, release, py::arg("delta"), py::arg("mask"), py::arg("rhs"),
              py::arg("gram"), py::arg("rows"), py::arg("cols"), py::arg("damping"), py::arg("tol"),
              py::arg("max_iterations"), py::arg("patch"), py::arg("stats"), py::arg("threads"));
-  module.def("decorate_rise", &rise, release, py::arg("error"), py::arg("step"), py::arg("mask"),
-             py::arg("gram"), py::arg("rows"), py::arg("cols"), py::arg("damping"),
-             py::arg("wide"), py::arg("rise"), py::arg("threads"));
+  module.def("decorate_objectives", &objectives, release, py::arg("errors"), py::arg("delta"),
+             py::arg("patch"), py::arg("mask"), py::arg("upper"), py::arg("rows"),
+             py::arg("cols"), py::arg("threads"));
   module.def("decorate_sweep", &sweep, release, py::arg("weight"), py::arg("weight_stride"),
              py::arg("mask"), py::arg("mask_stride"), py::arg("target"), py::arg("target_stride"),
              py::arg("factor"), py::arg("diagonal"), py::arg("errors"), py::arg("errors_stride"),
              py::arg("rows"), py::arg("width"), py::arg("first"), py::arg("last"),
              py::arg("threads"));
+  module.def("decorate_sweep_delta", &sweep_delta, release, py::arg("weight"), py::arg("delta"),
+             py::arg("mask"), py::arg("factor"), py::arg("diagonal"), py::arg("errors"),
+             py::arg("patch"), py::arg("rest"), py::arg("rows"), py::arg("width"),
+             py::arg("cols"), py::arg("threads"));
   module.def("decorate_score", &score, release, py::arg("weight"), py::arg("weight_stride"),
              py::arg("salience"), py::arg("squares"), py::arg("score"), py::arg("rows"),
              py::arg("width"), py::arg("salience_weight"), py::arg("sensitivity_weight"),
              py::arg("guarded"), py::arg("threads"));
-  module.def("instruction_set", [] { return decorate::kernels().name; });
 }
 
 }  // namespace tailor_fast

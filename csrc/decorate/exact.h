@@ -26,20 +26,4 @@ constexpr int64_t kStats = 4;
 
 void solve_exact(const Exact& problem, int threads);
 
-// By how much e (gram + damping I) e^T rises from e = error to e = error + step, per row; the step is
-// 0 outside the mask.
-struct Rise {
-  const void* error;    // float32 [rows, cols]
-  const void* step;     // float32 [rows, cols]
-  const uint8_t* mask;  // [rows, cols]
-  const void* gram;     // float32 [cols, cols], symmetric
-  int64_t rows;
-  int64_t cols;
-  double damping;
-  bool wide;  // products in float64, else in float32
-  double* rise;  // [rows]
-};
-
-void find_rise(const Rise& problem, int threads);
-
 }  // namespace tailor_fast::decorate

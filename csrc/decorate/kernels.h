@@ -35,8 +35,15 @@ struct Solve {
   Real* direction;       // scratch, as the next
   Real* product;
   int64_t size;
-  Real target;  // squared norm of the residual at which to end
   int64_t max_iterations;
+  Real target;    // squared norm of the residual at which to end
+  double height;  // or height above the minimum that is proved
+  double lowest;  // no eigenvalue of A scaled to a unit diagonal is lower; 0 where nothing is known
+};
+
+struct Solved {
+  int64_t iterations;
+  double height;  // what is proved of it; infinity or NaN where nothing is
 };
 
 // One block of columns for the sweeps. All arrays are row-major; strides are in elements.
@@ -69,26 +76,41 @@ struct Score {
   bool guarded;
 };
 
+// Sparse rows times one strip of a dense matrix: two sets of values on one support.
+struct Steps {
+  const int32_t* columns;  // ascending; those of row r are [starts[r], starts[r + 1])
+  const int64_t* starts;
+  const float* first;   // values, as `columns`
+  const float* second;
+  const float* strip;   // [cols, kernels().strip], rows [0, width of the strip's last column)
+  const float* errors;  // [rows, cols], at the strip's first column
+  int64_t errors_stride;
+  int64_t stop;   // columns from here on take no part: the matrix is 0 there
+  int64_t width;  // columns of the strip that are in the matrix
+};
+
 struct Kernels {
-  const char* name;
-  // sums[k] += dot product of x[rows[k]] and `a`, which is float32 at any address. In float64, or in
-  // float32 to the end of the product.
-  void (*dots_double)(const double* x, int64_t stride, const int32_t* rows, int64_t count,
-                      const void* a, int64_t size, double* sums);
-  void (*dots_float)(const float* x, int64_t stride, const int32_t* rows, int64_t count,
-                     const void* a, int64_t size, double* sums);
+  int64_t strip;  // columns of Steps::strip
+  // sums[k] += dot product of x[rows[k]] and `a`, which is float32 at any address.
+  void (*dots)(const double* x, int64_t stride, const int32_t* rows, int64_t count, const void* a,
+               int64_t size, double* sums);
+  // out[i] = a[columns[i]], where `columns` are the `count` first ones that `mask` keeps.
+  void (*gather)(const void* a, const uint8_t* mask, const int32_t* columns, int64_t count,
+                 float* out);
   // y = A x.
   void (*multiply)(const float* packed, const double* diagonal, const double* x, double* y,
                    int64_t size);
-  // Preconditioned conjugate gradients; returns the number of iterations.
-  int64_t (*solve_float)(const Solve<float>& solve);
-  int64_t (*solve_double)(const Solve<double>& solve);
+  // Conjugate gradients, preconditioned by the diagonal.
+  Solved (*solve_float)(const Solve<float>& solve);
+  Solved (*solve_double)(const Solve<double>& solve);
   // Settles the columns of rows [begin, end), with `row` scratch of padded(width) floats.
   void (*sweep)(const Sweep& sweep, int64_t begin, int64_t end, float* row);
   void (*score)(const Score& score, int64_t begin, int64_t end, float* row);
+  // Adds the squares of errors + first strip, and of errors + second strip, over rows [0, rows).
+  void (*add_squares)(const Steps& steps, int64_t rows, double* first, double* second);
 };
 
-// The fastest that this CPU runs.
+// Those of the instruction set in use.
 const Kernels& kernels();
 
 }  // namespace tailor_fast::decorate

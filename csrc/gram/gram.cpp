@@ -16,10 +16,7 @@ namespace py = pybind11;
 namespace tailor_fast {
 namespace gram {
 
-const Kernels& kernels() {
-  static const Kernels& best = TAILOR_FAST_BEST(kGram);
-  return best;
-}
+const Kernels& kernels() { return TAILOR_FAST_KERNELS(kGram); }
 
 }  // namespace gram
 
@@ -28,7 +25,7 @@ namespace {
 using gram::Kind;
 
 constexpr int64_t kPiece = 64;   // tokens that one task converts
-constexpr int64_t kTask = 512;  // tokens that one task of the diagonal sums
+constexpr int64_t kTask = 1024;  // tokens that one task of the diagonal sums
 
 const void* row_of(uintptr_t x, Kind kind, int64_t cols, const int64_t* index, int64_t token) {
   const int64_t row = index == nullptr ? token : index[token];

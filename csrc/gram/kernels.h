@@ -17,7 +17,7 @@ struct Kernels {
   void (*add_squares)(Kind kind, const void* const* rows, int64_t count, double* to, int64_t size);
 };
 
-// The fastest that this CPU runs.
+// Those of the instruction set in use.
 const Kernels& kernels();
 
 }  // namespace tailor_fast::gram

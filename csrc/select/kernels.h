@@ -1,8 +1,8 @@
 // The inner loops of the `select` op, compiled once per instruction set.
 //
-// Each loop works on a stretch of one row that stays in the first-level cache. Every instruction set
-// gives the same bits: the loops hold no operation that tailor_fast/ops/select/reference.py does not
-// name, in the order that it states.
+// Each loop works on a stretch of one row that stays in the first-level cache. Every instruction
+// set gives the same bits: the loops hold no operation that tailor_fast/ops/select/reference does
+// not name, in the order that it states.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,8 @@ struct Sums {
 };
 
 // How many scores were above an interval and inside it, and where the latter are collected, in
-// linear order. Plain pointers: see kernels_impl.h.
+// linear order, with room for kSlack more. Plain pointers: see kernels_impl.h.
+constexpr int64_t kSlack = 8;
 struct Found {
   int64_t above = 0;
   int64_t inside = 0;
@@ -60,8 +61,16 @@ struct Found {
 // What to do with scores inside [low, high]: forget, mark by 2, or collect.
 enum class Inside { kCount, kMark, kCollect };
 
+// A bound may be NaN: nothing is inside if it is the low one, everything is above if the high one.
 struct Interval {
   float low, high;
+};
+
+// Where the marks of a stretch go, if anywhere: 1 above the interval, else 0. Marks that are
+// `streamed` are not read soon: lines that are written whole go past the caches.
+struct Marks {
+  uint8_t* bytes = nullptr;
+  bool streamed = false;
 };
 
 struct Kernels {
@@ -78,14 +87,22 @@ struct Kernels {
   // Sum of z of the terms, with one mean and factor for each term.
   void (*standardise)(const float* s, const float* v, int64_t count, const Affine& affine,
                       float* out);
-  // The same with moments by block. s and v have room for whole blocks, which are padded in place.
-  // `weights` are those of s and of v.
-  void (*standardise_blocks)(float* s, float* v, int64_t count, const double* weights, float* out);
-  // Counts scores above and inside the interval, adds to `found`, and writes 0 or 1 (above) to
-  // `mask`, if there is one. `index` is the linear index of scores[0]. What is collected begins
-  // at found.inside.
+  // From stored weights to scores with moments by block. s and v have room for whole blocks.
+  // `weights` are those of s and of v; returns what `terms` returns.
+  using BlockScores = int32_t (*)(const void* base, const void* tuned, const void* column_weight,
+                                  int64_t count, const double* weights, float* s, float* v,
+                                  float* out);
+  BlockScores block_scores[kDtypes][kTermKinds];
+  // Counts scores above and inside the interval, adds to `found`, and writes `marks`. `index` is
+  // the linear index of scores[0]. What is collected begins at found.inside.
   void (*classify)(const float* scores, int64_t count, Interval interval, Inside inside,
-                   int64_t index, uint8_t* mask, Found& found);
+                   int64_t index, Marks marks, Found& found);
+  // The same for stored weights whose score is their one term as it is; null where there are two.
+  // `marks` go somewhere. Returns what `terms` returns.
+  using ClassifyTerms = int32_t (*)(const void* base, const void* tuned, const void* column_weight,
+                                    int64_t count, Interval interval, Inside inside, int64_t index,
+                                    Marks marks, Found& found);
+  ClassifyTerms classify_terms[kDtypes][kTermKinds];
   // Keys of scores: int32 of the same order, -0 equal to +0.
   void (*keys)(const float* scores, int64_t count, int32_t* out);
   int64_t (*count_above)(const float* scores, int64_t count, float bound);

@@ -12,24 +12,42 @@ struct Bits {
   uint64_t above, inside;
 };
 
-constexpr int64_t kGroup = 64;
+constexpr int64_t kGroup = 64;  // scores, and bytes of a mask: a cache line
 
+// "Above" is "not at most", which a NaN as bound makes true.
 #if defined(TAILOR_FAST_AVX512)
 TF_INLINE Bits compare(const float* x, Interval interval) {
   const __m512 low = _mm512_set1_ps(interval.low), high = _mm512_set1_ps(interval.high);
-  Bits bits{0, 0};
+  __mmask16 above[4], reaches[4];
   for (int i = 0; i < 4; ++i) {
     const __m512 y = _mm512_loadu_ps(x + 16 * i);
-    const uint64_t above = _mm512_cmp_ps_mask(y, high, _CMP_GT_OQ);
-    const uint64_t reaches = _mm512_cmp_ps_mask(y, low, _CMP_GE_OQ);
-    bits.above |= above << (16 * i);
-    bits.inside |= (reaches & ~above) << (16 * i);
+    above[i] = _mm512_cmp_ps_mask(y, high, _CMP_NLE_UQ);
+    reaches[i] = _mm512_cmp_ps_mask(y, low, _CMP_GE_OQ);
   }
-  return bits;
+  const auto joined = [](const __mmask16* m) {
+    return _mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0]));
+  };
+  const __mmask64 all = joined(above);
+  return {all, _kandn_mask64(all, joined(reaches))};
 }
-TF_INLINE void spread(uint64_t ones, uint64_t twos, uint8_t* out) {
+TF_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out) {
   const __m512i bytes = _mm512_mask_set1_epi8(_mm512_maskz_set1_epi8(ones, 1), twos, 2);
-  _mm512_storeu_si512(out, bytes);
+  if (streamed) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), bytes);
+  } else {
+    _mm512_storeu_si512(out, bytes);
+  }
+}
+TF_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
+                      int64_t held) {
+  const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  for (; places != 0; places >>= 8, x += 8, index += 8) {
+    const __mmask8 some = static_cast<__mmask8>(places);
+    const __m512i indices = _mm512_add_epi64(_mm512_set1_epi64(index), lanes);
+    _mm256_storeu_ps(found.scores + held, _mm256_maskz_compress_ps(some, _mm256_loadu_ps(x)));
+    _mm512_storeu_si512(found.indices + held, _mm512_maskz_compress_epi64(some, indices));
+    held += __builtin_popcount(some);
+  }
 }
 #elif defined(TAILOR_FAST_AVX2)
 TF_INLINE Bits compare(const float* x, Interval interval) {
@@ -37,7 +55,7 @@ TF_INLINE Bits compare(const float* x, Interval interval) {
   Bits bits{0, 0};
   for (int i = 0; i < 8; ++i) {
     const __m256 y = _mm256_loadu_ps(x + 8 * i);
-    const uint64_t above = _mm256_movemask_ps(_mm256_cmp_ps(y, high, _CMP_GT_OQ));
+    const uint64_t above = _mm256_movemask_ps(_mm256_cmp_ps(y, high, _CMP_NLE_UQ));
     const uint64_t reaches = _mm256_movemask_ps(_mm256_cmp_ps(y, low, _CMP_GE_OQ));
     bits.above |= above << (8 * i);
     bits.inside |= (reaches & ~above) << (8 * i);
@@ -52,11 +70,16 @@ TF_INLINE __m256i spread_half(uint32_t bits, int value) {
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, picks), picks);
   return _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(value)));
 }
-TF_INLINE void spread(uint64_t ones, uint64_t twos, uint8_t* out) {
+TF_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out) {
   for (int i = 0; i < 2; ++i) {
     const __m256i bytes = _mm256_or_si256(spread_half(static_cast<uint32_t>(ones >> (32 * i)), 1),
                                           spread_half(static_cast<uint32_t>(twos >> (32 * i)), 2));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i), bytes);
+    auto* to = reinterpret_cast<__m256i*>(out + 32 * i);
+    if (streamed) {
+      _mm256_stream_si256(to, bytes);
+    } else {
+      _mm256_storeu_si256(to, bytes);
+    }
   }
 }
 #else
@@ -70,47 +93,87 @@ TF_INLINE uint64_t pack(const uint8_t* flags) {
 }
 TF_INLINE Bits compare(const float* x, Interval interval) {
   uint8_t above[kGroup], reaches[kGroup];
-  for (int i = 0; i < kGroup; ++i) above[i] = x[i] > interval.high;
+  for (int i = 0; i < kGroup; ++i) above[i] = !(x[i] <= interval.high);
   for (int i = 0; i < kGroup; ++i) reaches[i] = x[i] >= interval.low;
   const uint64_t bits = pack(above);
   return {bits, pack(reaches) & ~bits};
 }
-TF_INLINE void spread(uint64_t ones, uint64_t twos, uint8_t* out) {
+TF_INLINE void spread(uint64_t ones, uint64_t twos, bool, uint8_t* out) {
   for (int i = 0; i < kGroup; ++i) out[i] = (ones >> i & 1) | (twos >> i & 1) << 1;
 }
 #endif
-
-TF_INLINE void take(Bits bits, const float* scores, Inside inside, int64_t index, uint8_t* mask,
-                    Found& found, int64_t& held) {
-  found.above += __builtin_popcountll(bits.above);
-  found.inside += __builtin_popcountll(bits.inside);
-  if (mask != nullptr) spread(bits.above, inside == Inside::kMark ? bits.inside : 0, mask);
-  if (inside != Inside::kCollect) return;
-  for (uint64_t left = bits.inside; left != 0; left &= left - 1, ++held) {
-    const int place = __builtin_ctzll(left);
-    found.scores[held] = scores[place];
+#if !defined(TAILOR_FAST_AVX512)
+TF_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
+                      int64_t held) {
+  for (; places != 0; places &= places - 1, ++held) {
+    const int place = __builtin_ctzll(places);
+    found.scores[held] = x[place];
     found.indices[held] = index + place;
   }
 }
+#endif
 
-// What is collected has room for `count` more.
-void classify(const float* scores, int64_t count, Interval interval, Inside inside, int64_t index,
-              uint8_t* mask, Found& found) {
-  int64_t held = found.inside;
+template <bool kMarks>
+TF_INLINE void take(Bits bits, const float* scores, Inside inside, int64_t index, Marks marks,
+                    Found& found) {
+  if (kMarks) {
+    spread(bits.above, inside == Inside::kMark ? bits.inside : 0, marks.streamed, marks.bytes);
+  }
+  if (inside == Inside::kCollect) append(bits.inside, scores, index, found, found.inside);
+  found.above += __builtin_popcountll(bits.above);
+  found.inside += __builtin_popcountll(bits.inside);
+}
+
+// `scores(i, some, room)` gives where the scores of a group are, for which it has room.
+template <bool kMarks, typename Scores>
+TF_INLINE void classify_as(const Scores& scores, int64_t count, Interval interval, Inside inside,
+                           int64_t index, Marks marks, Found& result) {
+  Found found = result;  // in registers: `marks` may alias what a reference names
+  marks.streamed = marks.streamed && reinterpret_cast<uintptr_t>(marks.bytes) % kGroup == 0;
+  alignas(64) float room[kGroup];
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
-    uint8_t* out = mask == nullptr ? nullptr : mask + i;
-    take(compare(scores + i, interval), scores + i, inside, index + i, out, found, held);
+    const float* x = scores(i, kGroup, room);
+    take<kMarks>(compare(x, interval), x, inside, index + i, marks, found);
+    if (kMarks) marks.bytes += kGroup;
   }
-  if (i == count) return;
-  float rest[kGroup] = {};
-  uint8_t flags[kGroup];
-  for (int64_t j = i; j < count; ++j) rest[j - i] = scores[j];
-  Bits bits = compare(rest, interval);
-  const uint64_t used = (uint64_t{1} << (count - i)) - 1;
-  bits = {bits.above & used, bits.inside & used};
-  take(bits, rest, inside, index + i, mask == nullptr ? nullptr : flags, found, held);
-  if (mask != nullptr) __builtin_memcpy(mask + i, flags, count - i);
+  if (i < count) {
+    float rest[kGroup] = {};
+    uint8_t flags[kGroup];
+    const float* x = scores(i, count - i, room);
+    __builtin_memcpy(rest, x, (count - i) * sizeof(float));
+    const Bits bits = compare(rest, interval);
+    const uint64_t used = (uint64_t{1} << (count - i)) - 1;
+    take<kMarks>({bits.above & used, bits.inside & used}, rest, inside, index + i, {flags, false},
+                 found);
+    if (kMarks) __builtin_memcpy(marks.bytes, flags, count - i);
+  }
+  result = found;
+}
+
+void classify(const float* scores, int64_t count, Interval interval, Inside inside, int64_t index,
+              Marks marks, Found& found) {
+  const auto held = [=](int64_t i, int64_t, float*) { return scores + i; };
+  if (marks.bytes != nullptr) {
+    classify_as<true>(held, count, interval, inside, index, marks, found);
+  } else {
+    classify_as<false>(held, count, interval, inside, index, marks, found);
+  }
+}
+
+template <typename Number, Terms kTerms>
+int32_t classify_terms_of(const void* base, const void* tuned, const void* column_weight,
+                          int64_t count, Interval interval, Inside inside, int64_t index,
+                          Marks marks, Found& found) {
+  int32_t worst = 0;
+  const auto computed = [&](int64_t i, int64_t some, float* out) __attribute__((always_inline)) {
+    constexpr bool kSalience = has_salience(kTerms);
+    worst = add_terms<Number, kTerms>(base, tuned, column_weight, i, some, worst,
+                                      kSalience ? out : nullptr, kSalience ? nullptr : out);
+    return static_cast<const float*>(out);
+  };
+  classify_as<true>(computed, count, interval, inside, index, marks, found);
+  return worst;
 }
 
 void keys(const float* scores, int64_t count, int32_t* __restrict out) {
@@ -121,8 +184,13 @@ void keys(const float* scores, int64_t count, int32_t* __restrict out) {
 }
 
 int64_t count_above(const float* scores, int64_t count, float bound) {
-  int32_t found = 0;  // count is at most a segment
-  for (int64_t i = 0; i < count; ++i) found += scores[i] > bound;
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kSegment) {
+    const int64_t end = count - i < kSegment ? count : i + kSegment;
+    int32_t some = 0;  // as wide as a score
+    for (int64_t j = i; j < end; ++j) some += !(scores[j] <= bound);
+    found += some;
+  }
   return found;
 }
 
@@ -132,12 +200,20 @@ uint64_t read(const void* words, int64_t count) {
   return sum;
 }
 
-#define TF_TERMS(Number)                                                                        \
-  {                                                                                             \
-    terms_of<Number, Terms::kScores>, terms_of<Number, Terms::kSalience>,                       \
-        terms_of<Number, Terms::kBothSquare>, terms_of<Number, Terms::kBothAbsolute>,           \
-        terms_of<Number, Terms::kBothWeight>, terms_of<Number, Terms::kSquare>,                 \
-        terms_of<Number, Terms::kAbsolute>, terms_of<Number, Terms::kWeight>                    \
+#define TF_ROW(function, Number, both)                                             \
+  {                                                                                     \
+    function<Number, Terms::kScores>, function<Number, Terms::kSalience>,               \
+        both(function, Number, kBothSquare), both(function, Number, kBothAbsolute),     \
+        both(function, Number, kBothWeight), function<Number, Terms::kSquare>,          \
+        function<Number, Terms::kAbsolute>, function<Number, Terms::kWeight>            \
+  }
+// What `both` says of the terms with s and v: as the others, or none.
+#define TF_SAME(function, Number, terms) function<Number, Terms::terms>
+#define TF_NONE(function, Number, terms) nullptr
+#define TF_TABLE(function, both)                                                        \
+  {                                                                                     \
+    TF_ROW(function, Float32, both), TF_ROW(function, Bfloat16, both),        \
+        TF_ROW(function, Float16, both)                                            \
   }
 
 #define TF_STRING_OF(name) #name
@@ -147,12 +223,13 @@ uint64_t read(const void* words, int64_t count) {
 
 extern const Kernels kernels;
 const Kernels kernels = {TF_STRING(TAILOR_FAST_ISA),
-                         {TF_TERMS(Float32), TF_TERMS(Bfloat16), TF_TERMS(Float16)},
+                         TF_TABLE(terms_of, TF_SAME),
                          block_sums,
                          scale,
                          standardise,
-                         standardise_blocks,
+                         TF_TABLE(block_scores_of, TF_SAME),
                          classify,
+                         TF_TABLE(classify_terms_of, TF_NONE),
                          keys,
                          count_above,
                          read};

@@ -27,16 +27,19 @@ TF_INLINE T word(const void* array, int64_t index) {
 }
 
 struct Float32 {
+  using Word = float;
   static TF_INLINE float load(const void* array, int64_t i) { return word<float>(array, i); }
 };
 
 struct Bfloat16 {
+  using Word = uint16_t;
   static TF_INLINE float load(const void* array, int64_t i) {
     return as_float(uint32_t{word<uint16_t>(array, i)} << 16);
   }
 };
 
 struct Float16 {
+  using Word = uint16_t;
   // The exponent is rebiased by a product that is exact, for subnormals too. Without branches, so
   // that it vectorises where there is no instruction for it.
   static TF_INLINE float load(const void* array, int64_t i) {
@@ -51,24 +54,25 @@ struct Float16 {
 TF_INLINE int32_t magnitude(float value) { return as_bits(value) & 0x7fffffff; }
 TF_INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
+// Terms of `count` elements; returns the largest magnitude among them and `worst`, as bits.
 template <typename Number, Terms kTerms>
-int32_t terms_of(const void* base, const void* tuned, const void* column_weight, int64_t count,
-                 float* __restrict s, float* __restrict v) {
-  int32_t worst = 0;
+TF_INLINE int32_t add_terms(const void* base, const void* tuned, const void* column_weight,
+                            int64_t first, int64_t count, int32_t worst, float* __restrict s,
+                            float* __restrict v) {
   for (int64_t i = 0; i < count; ++i) {
-    const float t = Number::load(tuned, i);
+    const float t = Number::load(tuned, first + i);
     if constexpr (kTerms == Terms::kScores) {
       s[i] = t;
       worst = larger(worst, magnitude(t));
     } else {
-      const float d = t - Number::load(base, i);
+      const float d = t - Number::load(base, first + i);
       const float salience = __builtin_fabsf(d);
       worst = larger(worst, as_bits(salience));
       if constexpr (has_salience(kTerms)) s[i] = salience;
       if constexpr (has_sensitivity(kTerms)) {
         constexpr bool kSquares = kTerms == Terms::kBothSquare || kTerms == Terms::kSquare;
         constexpr bool kWeights = kTerms == Terms::kBothWeight || kTerms == Terms::kWeight;
-        const float c = word<float>(column_weight, i);
+        const float c = word<float>(column_weight, first + i);
         const float x = (kSquares ? d * d : kWeights ? t * t : salience) * c;
         worst = larger(worst, magnitude(x));
         v[i] = x;
@@ -76,6 +80,12 @@ int32_t terms_of(const void* base, const void* tuned, const void* column_weight,
     }
   }
   return worst;
+}
+
+template <typename Number, Terms kTerms>
+int32_t terms_of(const void* base, const void* tuned, const void* column_weight, int64_t count,
+                 float* s, float* v) {
+  return add_terms<Number, kTerms>(base, tuned, column_weight, 0, count, 0, s, v);
 }
 
 // One vector of float64 differences from a pivot.
@@ -183,41 +193,73 @@ struct Moments {
   float mean[kBlocks], factor[kBlocks];
 };
 
-// Pads the last block and measures each; lanes beyond the last block hold nothing of use.
-TF_INLINE void measure(float* x, int64_t count, double weight, Moments& moments) {
+// Sums of the blocks of a term, until they become its moments.
+struct BlockSums {
   double one[kBlocks] = {}, two[kBlocks] = {}, pivot[kBlocks] = {}, size[kBlocks] = {};
-  for (int64_t b = 0, left = count; left > 0; ++b, left -= kBlock, x += kBlock) {
-    for (int64_t i = left; i < kBlock; ++i) x[i] = x[0];
+
+  // Pads a block of `count` elements and adds it up.
+  TF_INLINE void set(int64_t block, float* x, int64_t count) {
+    for (int64_t i = count; i < kBlock; ++i) x[i] = x[0];
     const Sums sums = sums_of_block(x, x[0]);
-    one[b] = sums.one;
-    two[b] = sums.two;
-    pivot[b] = x[0];
-    size[b] = left < kBlock ? left : kBlock;
+    one[block] = sums.one;
+    two[block] = sums.two;
+    pivot[block] = x[0];
+    size[block] = count;
   }
-  for (int b = 0; b < kBlocks; ++b) {
-    const double q = one[b] / size[b];
-    const double deviation = __builtin_sqrt((two[b] - one[b] * q) / (size[b] - 1));
-    const float factor = static_cast<float>(weight / deviation);
-    moments.mean[b] = static_cast<float>(pivot[b] + q);
-    moments.factor[b] = deviation >= kSmallestDeviation ? factor : 0.0f;
+  // Blocks that were not set get nothing of use.
+  TF_INLINE void measure(double weight, Moments& moments) const {
+    for (int b = 0; b < kBlocks; ++b) {
+      const double q = one[b] / size[b];
+      const double deviation = __builtin_sqrt((two[b] - one[b] * q) / (size[b] - 1));
+      const float factor = static_cast<float>(weight / deviation);
+      moments.mean[b] = static_cast<float>(pivot[b] + q);
+      moments.factor[b] = deviation >= kSmallestDeviation ? factor : 0.0f;
+    }
+  }
+};
+
+// A block of weights that come soon: while sums are made the hardware loses the streams.
+template <typename Number>
+TF_INLINE void fetch_ahead(const void* base, const void* tuned, int64_t i) {
+  constexpr int64_t kAhead = 2048, kLine = 64, kWidth = sizeof(typename Number::Word);
+  for (int64_t j = i * kWidth + kAhead; j < (i + kBlock) * kWidth + kAhead; j += kLine) {
+    __builtin_prefetch(static_cast<const char*>(base) + j, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(tuned) + j, 0, 2);
   }
 }
 
-void standardise_blocks(float* s, float* v, int64_t count, const double* weights, float* out) {
+// A block at a time: its terms are added up as soon as they are there, so that the loads of the
+// next one overlap with sums.
+template <typename Number, Terms kTerms>
+int32_t block_scores_of(const void* base, const void* tuned, const void* column_weight,
+                        int64_t count, const double* weights, float* s, float* v, float* out) {
+  BlockSums of_s, of_v;
   Moments first, second;
-  if (s != nullptr) measure(s, count, weights[0], first);
-  if (v != nullptr) measure(v, count, weights[1], second);
+  int32_t worst = 0;
+  for (int64_t b = 0, i = 0; i < count; ++b, i += kBlock) {
+    fetch_ahead<Number>(base, tuned, i);
+    const int64_t some = count - i < kBlock ? count - i : kBlock;
+    const auto add = [&](int64_t n) __attribute__((always_inline)) {
+      return add_terms<Number, kTerms>(base, tuned, column_weight, i, n, worst, s + i, v + i);
+    };
+    worst = some == kBlock ? add(kBlock) : add(some);  // one of them has a constant length
+    if constexpr (has_salience(kTerms)) of_s.set(b, s + i, some);
+    if constexpr (has_sensitivity(kTerms)) of_v.set(b, v + i, some);
+  }
+  if constexpr (has_salience(kTerms)) of_s.measure(weights[0], first);
+  if constexpr (has_sensitivity(kTerms)) of_v.measure(weights[1], second);
   for (int64_t b = 0, i = 0; i < count; ++b, i += kBlock) {
     const int64_t some = count - i < kBlock ? count - i : kBlock;
-    if (s != nullptr && v != nullptr) {
+    if constexpr (has_both(kTerms)) {
       shift_scale(s + i, v + i, some, first.mean[b], first.factor[b], second.mean[b],
                   second.factor[b], out + i);
     } else {
-      const Moments& only = s != nullptr ? first : second;
-      shift_scale((s != nullptr ? s : v) + i, nullptr, some, only.mean[b], only.factor[b], 0, 0,
-                  out + i);
+      const Moments& only = has_salience(kTerms) ? first : second;
+      const float* x = has_salience(kTerms) ? s : v;
+      shift_scale(x + i, nullptr, some, only.mean[b], only.factor[b], 0, 0, out + i);
     }
   }
+  return worst;
 }
 
 }  // namespace

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <new>
 #include <vector>
 
 #include "common/bytes.h"
@@ -44,57 +42,101 @@ inline const Fault& first_of(const Fault& a, const Fault& b) {
 
 struct Scratch {
   alignas(64) float s[kSegment], v[kSegment], scores[kSegment];
-  alignas(64) uint8_t mask[kSegment];
-  float found_scores[kSegment];
-  int64_t found_indices[kSegment];
   alignas(64) int32_t keys[kSegment];
-  Sums sums[kSegment / kBlock];
 };
 
-// As parallel_for, with IEEE floats in every thread; memory that runs out is an exception here.
+// As parallel_for, with IEEE floats in every thread.
 template <typename Body>
 void parallel_ieee(int64_t count, int threads, const Body& body) {
-  std::atomic<bool> failed{false};
   parallel_for(count, threads, [&](int64_t i) {
     const IeeeFloats guard;
-    try {
-      body(i);
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
+    body(i);
   });
-  if (failed) throw std::bad_alloc();
+}
+
+// Fetches a stretch of a row that is needed soon.
+inline void prefetch(const Pair& pair, int64_t row, int64_t col, int64_t count) {
+  constexpr int64_t kLine = 64;
+  const int64_t offset = (row * pair.cols + col) * width(pair.dtype);
+  for (int64_t i = 0; i < count * width(pair.dtype); i += kLine) {
+    __builtin_prefetch(at<char>(pair.base, offset + i));
+    __builtin_prefetch(at<char>(pair.tuned, offset + i));
+  }
+}
+
+// The stored weights of a stretch of a row.
+struct Stored {
+  const void *base, *tuned, *column_weight;
+};
+inline Stored stored(const Pair& pair, int64_t row, int64_t col) {
+  const int64_t offset = (row * pair.cols + col) * width(pair.dtype);
+  return {at<char>(pair.base, offset), at<char>(pair.tuned, offset),
+          pair.column_weight == nullptr ? nullptr : at<float>(pair.column_weight, col)};
+}
+
+template <typename Table>
+auto kernel_of(const Pair& pair, const Table& table) {
+  return table[int(pair.dtype)][int(pair.terms)];
+}
+
+// Whether terms are finite, or scores no NaN, given the largest magnitude of them as bits.
+inline bool is_usable(const Pair& pair, int32_t worst) {
+  return worst < kInfinity || (pair.terms == Terms::kScores && worst == kInfinity);
 }
 
 // Terms of a stretch of a row into x.s and x.v; false where one of them is not finite.
 inline bool terms_of(const Pair& pair, int64_t row, int64_t col, int64_t count, Scratch& x) {
-  const int64_t offset = (row * pair.cols + col) * width(pair.dtype);
-  const void* weight = pair.column_weight == nullptr ? nullptr : at<float>(pair.column_weight, col);
-  const auto terms = pair.kernels->terms[int(pair.dtype)][int(pair.terms)];
-  const int32_t worst = terms(at<char>(pair.base, offset), at<char>(pair.tuned, offset), weight,
-                              count, x.s, x.v);
-  return worst < kInfinity || (pair.terms == Terms::kScores && worst == kInfinity);
+  const Stored from = stored(pair, row, col);
+  const auto terms = kernel_of(pair, pair.kernels->terms);
+  return is_usable(pair, terms(from.base, from.tuned, from.column_weight, count, x.s, x.v));
+}
+
+// Whether a score is one term as it is.
+inline bool is_plain(const Pair& pair) {
+  if (pair.terms == Terms::kScores) return true;
+  return pair.normalize == Normalize::kNone && !has_both(pair.terms) &&
+         pair.weights[has_salience(pair.terms) ? 0 : 1] == 1;
 }
 
 // Scores of a stretch of a row, or null where one of them does not exist. With kRowBlock, `col` is
 // the first column of a block.
 inline const float* scores_of(const Pair& pair, int64_t row, int64_t col, int64_t count,
                               Scratch& x) {
+  if (pair.normalize == Normalize::kRowBlock) {
+    const Stored from = stored(pair, row, col);
+    const auto scores = kernel_of(pair, pair.kernels->block_scores);
+    const int32_t worst = scores(from.base, from.tuned, from.column_weight, count, pair.weights,
+                                 x.s, x.v, x.scores);
+    return is_usable(pair, worst) ? x.scores : nullptr;
+  }
   if (!terms_of(pair, row, col, count, x)) return nullptr;
-  if (pair.terms == Terms::kScores) return x.s;
   float* s = has_salience(pair.terms) ? x.s : nullptr;
   float* v = has_sensitivity(pair.terms) ? x.v : nullptr;
-  if (pair.normalize == Normalize::kRowBlock) {
-    pair.kernels->standardise_blocks(s, v, count, pair.weights, x.scores);
-  } else if (pair.normalize == Normalize::kNone) {
+  if (is_plain(pair)) return s == nullptr ? v : s;
+  if (pair.normalize == Normalize::kNone) {
     const float factors[2] = {float(pair.weights[0]), float(pair.weights[1])};
-    if (!has_both(pair.terms) && factors[s == nullptr] == 1) return s == nullptr ? v : s;
     if (pair.kernels->scale(s, v, count, factors, x.scores) >= kInfinity) return nullptr;
   } else {
     const Affine& affine = pair.affine[pair.normalize == Normalize::kRow ? row : 0];
     pair.kernels->standardise(s, v, count, affine, x.scores);
   }
   return x.scores;
+}
+
+// Marks and collects the scores of a stretch of a row; false where one of them does not exist.
+inline bool classify(const Pair& pair, int64_t row, int64_t col, int64_t count, Interval interval,
+                     Inside inside, Marks marks, Scratch& x, Found& found) {
+  const int64_t index = row * pair.cols + col;
+  if (is_plain(pair)) {
+    const Stored from = stored(pair, row, col);
+    const auto classify_terms = kernel_of(pair, pair.kernels->classify_terms);
+    return is_usable(pair, classify_terms(from.base, from.tuned, from.column_weight, count,
+                                          interval, inside, index, marks, found));
+  }
+  const float* scores = scores_of(pair, row, col, count, x);
+  if (scores == nullptr) return false;
+  pair.kernels->classify(scores, count, interval, inside, index, marks, found);
+  return true;
 }
 
 // First element of a stretch without a finite score, given that there is one, and what it has.
@@ -140,7 +182,8 @@ void each_segment(const Region& region, int64_t begin, int64_t end, const Visit&
   }
 }
 
-// Adds the upper half to the lower half of [0, n), padded by 0 to a power of two, until one is left.
+// Adds the upper half to the lower half of [0, n), padded by 0 to a power of two, until one is
+// left.
 inline Sums fold(Sums* x, int64_t n) {
   int64_t half = 1;
   while (half < n) half *= 2;

@@ -84,11 +84,12 @@ class Measured {
 };
 
 using MaskTuple = std::tuple<FaultTuple, int64_t, int64_t>;
+using BracketTuple = std::tuple<float, int64_t, float, int64_t>;  // score and index of two cuts
 
 MaskTuple select_mask(const PairTuple& tuple, int64_t unit_rows, int64_t unit_cols, int64_t k,
                       int64_t last_k, uintptr_t mask, const std::string& isa, int threads,
                       int64_t stream_from, int64_t budget_part,
-                      const std::optional<std::tuple<float, float>>& bracket) {
+                      const std::optional<BracketTuple>& bracket) {
   const Measured measured(tuple, isa, threads);
   if (measured.fault) return {tuple_of(measured.fault), 0, 0};
   const Pair& pair = measured.pair;
@@ -96,7 +97,10 @@ MaskTuple select_mask(const PairTuple& tuple, int64_t unit_rows, int64_t unit_co
   select::Tuning tuning;
   if (stream_from >= 0) tuning.stream_from = stream_from;
   if (budget_part > 0) tuning.budget_part = budget_part;
-  if (bracket) tuning.bracket = {std::get<0>(*bracket), std::get<1>(*bracket)};
+  if (bracket) {
+    const auto& [score, index, last_score, last_index] = *bracket;
+    tuning.bracket = {{score, index}, {last_score, last_index}};
+  }
   const auto outcome = select::select_units(pair, {unit_rows, unit_cols, k, last_k},
                                             static_cast<uint8_t*>(pointer(mask)), tuning, threads);
   return {tuple_of(outcome.fault), outcome.passes, outcome.candidates};
@@ -125,7 +129,9 @@ std::tuple<FaultTuple, int64_t> select_mark(const PairTuple& tuple, int32_t thre
   const select::Tuning tuning;
   select::Streamed streamed(pair, {0, pair.rows, 0, pair.cols},
                             static_cast<uint8_t*>(pointer(mask)), tuning, threads);
-  const int64_t taken = streamed.mark(select::float_of(threshold), ties, fault);
+  // What takes nothing comes with a key beyond that of infinity.
+  const float score = select::float_of(std::min(threshold, select::kInfinity));
+  const int64_t taken = streamed.mark(score, ties, fault);
   return {tuple_of(fault), taken};
 }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -20,7 +22,7 @@ constexpr int64_t kStreamBytes = int64_t{1} << 22;  // masks larger than a cache
 struct Tuning {
   int64_t stream_from = int64_t{1} << 20;  // elements from which a unit is streamed, not held
   int64_t budget_part = 16;                // candidates held: at most this part of the elements
-  std::optional<Interval> bracket;         // instead of the estimate
+  std::optional<Bracket> bracket;          // instead of the estimate
 };
 
 struct Outcome {
@@ -40,129 +42,149 @@ inline void settle(uint8_t* mask, int64_t count, int64_t& left) {
   }
 }
 
-// One thread's stretch of segments in a pass.
+// A stretch of segments in a pass, and its part of the candidates.
 struct Task {
-  Found found;
-  std::vector<float> scores;
-  std::vector<int64_t> indices;
+  int64_t above = 0, inside = 0;
+  int64_t first_candidate = 0;
   Fault fault;
+};
+
+// What one thread needs for a task, from outside of the parallel region.
+struct Worker {
+  Scratch scratch;
+  float scores[kTaskSegments * kSegment + kSlack];
+  int64_t indices[kTaskSegments * kSegment + kSlack];
 };
 
 class Streamed {
  public:
   Streamed(const Pair& pair, const Region& region, uint8_t* mask, const Tuning& tuning, int threads)
-      : pair_(pair), region_(region), mask_(mask), tuning_(tuning), threads_(threads) {}
+      : pair_(pair),
+        region_(region),
+        mask_(mask),
+        tuning_(tuning),
+        threads_(threads),
+        tasks_((region.segments() + kTaskSegments - 1) / kTaskSegments),
+        workers_(new Worker[used_threads(task_count(), threads)]) {}
 
   Outcome select(int64_t k) {
-    Interval interval{kNoBound, kNoBound};
-    if (k > 0) {
-      interval = tuning_.bracket ? *tuning_.bracket : estimate(pair_, region_, k, threads_);
-    }
     Outcome outcome;
-    bool proven = classify(interval, k, outcome);
-    if (!outcome.fault && !proven) {
-      const float score = exact_threshold(pair_, region_, k, threads_);
-      outcome.passes += 2;
-      interval = {score, score};
-      proven = classify(interval, k, outcome);
+    Bracket bracket = kNothing;
+    if (k > 0) bracket = tuning_.bracket ? *tuning_.bracket : estimate(pair_, region_, k, threads_);
+    budget_ = region_.size() / tuning_.budget_part + kSegment;
+    scores_.reset(new float[budget_]);
+    indices_.reset(new int64_t[budget_]);
+    if (pass(bracket, Inside::kCollect, k, outcome)) {
+      if (!outcome.fault) mark_best(bracket, k, outcome);
+      return outcome;
     }
-    if (outcome.fault) return outcome;
-    if (!proven) throw std::runtime_error("select: the tensors changed while they were read");
-    if (interval.low == interval.high) {
-      mark_ties(k);
-    } else {
-      mark_best(k, outcome);
+    const float score = exact_threshold(pair_, region_, k, threads_);
+    outcome.passes += 2;
+    const Bracket equals = {{score, 0}, {score, kEveryIndex}};
+    if (!pass(equals, Inside::kMark, k, outcome)) {
+      throw std::runtime_error("select: the tensors changed while they were read");
     }
+    mark_ties(k);
     return outcome;
   }
 
   // Marks what is above a score and the first `ties` of its equals; returns how many of these.
   int64_t mark(float threshold, int64_t ties, Fault& fault) {
     Outcome outcome;
-    classify({threshold, threshold}, 0, outcome);
+    pass({{threshold, 0}, {threshold, kEveryIndex}}, Inside::kMark, 0, outcome);
     fault = outcome.fault;
     if (fault) return 0;
-    int64_t equal = 0;
-    for (const Task& task : tasks_) equal += task.found.inside;
     mark_ties(above_ + ties);
-    return std::min(ties, equal);
+    return std::min(ties, inside_);
   }
 
  private:
+  int64_t task_count() const { return static_cast<int64_t>(tasks_.size()); }
   uint8_t* mask_at(int64_t row, int64_t col) const { return mask_ + row * pair_.cols + col; }
 
-  // One pass: marks what is above, and marks or collects what is inside. Returns whether the score
-  // of rank k is proven to be inside, and everything inside was taken.
-  bool classify(Interval interval, int64_t k, Outcome& outcome) {
-    const bool collects = interval.low != interval.high;
-    const int64_t all = region_.segments();
-    const int64_t count = (all + kTaskSegments - 1) / kTaskSegments;
-    std::vector<Task>(count).swap(tasks_);
-    budget_ = region_.size() / tuning_.budget_part + kSegment;
+  template <typename Visit>
+  void each_segment_of(int64_t task, const Visit& visit) const {
+    const int64_t end = std::min(region_.segments(), (task + 1) * kTaskSegments);
+    each_segment(region_, task * kTaskSegments, end, visit);
+  }
+
+  // One pass: marks what is above the bracket, and marks or collects what is inside. Returns
+  // whether there is a fault, or else the element of rank k is proven to be inside and all that
+  // was taken.
+  bool pass(const Bracket& bracket, Inside inside, int64_t k, Outcome& outcome) {
     held_ = 0;
-    overflowed_ = false;
-    parallel_ieee(count, threads_, [&](int64_t i) {
-      const int64_t end = std::min(all, (i + 1) * kTaskSegments);
-      run(tasks_[i], i * kTaskSegments, end, interval, collects);
+    // Every worker has a stretch of tasks to itself, so that no two first touch the same page of
+    // the mask; one that is done helps the others.
+    const int64_t workers = used_threads(task_count(), threads_);
+    std::vector<std::atomic<int64_t>> next(workers);
+    for (int64_t i = 0; i < workers; ++i) next[i] = task_count() * i / workers;
+    parallel_ieee(workers, threads_, [&](int64_t worker) {
+      for (int64_t j = 0; j < workers; ++j) {
+        const int64_t whose = (worker + j) % workers;
+        const int64_t end = task_count() * (whose + 1) / workers;
+        for (int64_t i; (i = next[whose].fetch_add(1, std::memory_order_relaxed)) < end;) {
+          run(i, bracket, inside, workers_[worker]);
+        }
+      }
+      stream_fence();
     });
     ++outcome.passes;
-    int64_t above = 0, inside = 0;
+    above_ = inside_ = 0;
     for (const Task& task : tasks_) {
-      above += task.found.above;
-      inside += task.found.inside;
+      above_ += task.above;
+      inside_ += task.inside;
       outcome.fault = first_of(outcome.fault, task.fault);
     }
-    above_ = above;
-    return above <= k && k <= above + inside && !overflowed_;
+    const bool taken = inside != Inside::kCollect || held_ <= budget_;
+    return outcome.fault || (above_ <= k && k <= above_ + inside_ && taken);
   }
 
-  void run(Task& task, int64_t begin, int64_t end, Interval interval, bool collects) {
-    Scratch x;
-    const bool streams = region_.size() >= kStreamBytes;
-    each_segment(region_, begin, end, [&](int64_t row, int64_t col, int64_t count) {
-      const float* scores = scores_of(pair_, row, col, count, x);
-      if (scores == nullptr) {
-        task.fault = find_fault(pair_, row, col, count, x);
-        return false;
+  void run(int64_t number, const Bracket& bracket, Inside inside, Worker& worker) {
+    Task& task = tasks_[number];
+    task = {};
+    const bool streamed = region_.size() >= kStreamBytes;
+    if (held_.load(std::memory_order_relaxed) > budget_) inside = Inside::kCount;
+    Found found{0, 0, worker.scores, worker.indices};
+    each_segment_of(number, [&](int64_t row, int64_t col, int64_t count) {
+      const int64_t index = row * pair_.cols + col;
+      const Interval interval = interval_of(bracket, index, count);
+      const Marks marks{mask_at(row, col), streamed};
+      if (classify(pair_, row, col, count, interval, inside, marks, worker.scratch, found)) {
+        return true;
       }
-      const bool keeps = collects && !overflowed_.load(std::memory_order_relaxed);
-      const Inside inside = keeps ? Inside::kCollect : collects ? Inside::kCount : Inside::kMark;
-      uint8_t* mask = mask_at(row, col);
-      Found found{0, 0, x.found_scores, x.found_indices};
-      pair_.kernels->classify(scores, count, interval, inside, row * pair_.cols + col,
-                              streams ? x.mask : mask, found);
-      task.found.above += found.above;
-      task.found.inside += found.inside;
-      if (keeps && found.inside > 0) keep(task, found);
-      if (streams) stream_copy(mask, x.mask, count);
-      return true;
+      task.fault = find_fault(pair_, row, col, count, worker.scratch);
+      return false;
     });
-    stream_fence();
+    task.above = found.above;
+    task.inside = found.inside;
+    if (inside == Inside::kCollect) keep(task, found);
   }
 
-  // Appends what was collected, unless all tasks together hold too much.
+  // Takes what a task collected, unless all tasks together hold too much.
   void keep(Task& task, const Found& found) {
-    if (held_.fetch_add(found.inside, std::memory_order_relaxed) + found.inside > budget_) {
-      overflowed_ = true;
-      return;
+    task.first_candidate = held_.fetch_add(found.inside, std::memory_order_relaxed);
+    if (task.first_candidate + found.inside > budget_) return;
+    std::copy(found.scores, found.scores + found.inside, scores_.get() + task.first_candidate);
+    std::copy(found.indices, found.indices + found.inside, indices_.get() + task.first_candidate);
+  }
+
+  // How many of `left` places go to each task, in order, if it has `wanted(task)` claims.
+  template <typename Wanted>
+  std::vector<int64_t> share_out(int64_t left, const Wanted& wanted) const {
+    std::vector<int64_t> shares(tasks_.size());
+    for (size_t i = 0; i < tasks_.size(); ++i) {
+      shares[i] = std::min(left, wanted(tasks_[i]));
+      left -= shares[i];
     }
-    task.scores.insert(task.scores.end(), found.scores, found.scores + found.inside);
-    task.indices.insert(task.indices.end(), found.indices, found.indices + found.inside);
+    return shares;
   }
 
   // All equals of the threshold carry the mark 2; the first ones stay.
   void mark_ties(int64_t k) {
-    std::vector<int64_t> shares(tasks_.size());
-    int64_t left = k - above_;
-    for (size_t i = 0; i < tasks_.size(); ++i) {
-      shares[i] = std::min(left, tasks_[i].found.inside);
-      left -= shares[i];
-    }
-    const int64_t all = region_.segments();
-    parallel_ieee(static_cast<int64_t>(tasks_.size()), threads_, [&](int64_t i) {
-      if (tasks_[i].found.inside == 0) return;
-      const int64_t end = std::min(all, (i + 1) * kTaskSegments);
-      each_segment(region_, i * kTaskSegments, end, [&](int64_t row, int64_t col, int64_t count) {
+    auto shares = share_out(k - above_, [](const Task& task) { return task.inside; });
+    parallel_for(task_count(), threads_, [&](int64_t i) {
+      if (tasks_[i].inside == 0) return;
+      each_segment_of(i, [&](int64_t row, int64_t col, int64_t count) {
         settle(mask_at(row, col), count, shares[i]);
         return true;
       });
@@ -170,33 +192,32 @@ class Streamed {
   }
 
   // Finds the threshold among the candidates, and marks those that reach it.
-  void mark_best(int64_t k, Outcome& outcome) {
-    std::vector<int32_t> keys;
-    for (const Task& task : tasks_) outcome.candidates += task.found.inside;
-    keys.resize(outcome.candidates);
-    int32_t* out = keys.data();
-    for (const Task& task : tasks_) {
-      pair_.kernels->keys(task.scores.data(), task.found.inside, out);
-      out += task.found.inside;
-    }
+  void mark_best(const Bracket& bracket, int64_t k, Outcome& outcome) {
+    outcome.candidates = inside_;
     const int64_t rank = k - above_;
     if (rank == 0) return;
-    const float threshold = float_of(kth_largest(keys.data(), outcome.candidates, rank));
+    const Kernels& kernels = *pair_.kernels;
+    const Interval range{bracket.last.score, bracket.first.score};
+    const Ranking ranking(kernels, scores_.get(), inside_, range, threads_);
+    const float threshold = ranking.find(rank).score;
+    const auto above = [&](const Task& task, float bound) {
+      return kernels.count_above(scores_.get() + task.first_candidate, task.inside, bound);
+    };
     int64_t ties = rank;
-    for (const Task& task : tasks_) {
-      ties -= pair_.kernels->count_above(task.scores.data(), task.found.inside, threshold);
-    }
-    for (const Task& task : tasks_) {
-      for (int64_t i = 0; i < task.found.inside; ++i) {
-        const float score = task.scores[i];
-        bool taken = score > threshold;
-        if (score == threshold && ties > 0) {
-          taken = true;
-          --ties;
-        }
-        if (taken) mask_[task.indices[i]] = 1;
+    for (const Task& task : tasks_) ties -= above(task, threshold);
+    auto shares = share_out(ties, [&](const Task& task) {
+      return above(task, before(threshold)) - above(task, threshold);
+    });
+    parallel_for(task_count(), threads_, [&](int64_t i) {
+      const int64_t end = tasks_[i].first_candidate + tasks_[i].inside;
+      uint8_t nowhere;
+      for (int64_t j = tasks_[i].first_candidate; j < end; ++j) {
+        const bool tie = scores_[j] == threshold && shares[i] > 0;
+        shares[i] -= tie;
+        // A store without a branch: which way it would go is a matter of chance.
+        *(tie || scores_[j] > threshold ? mask_ + indices_[j] : &nowhere) = 1;
       }
-    }
+    });
   }
 
   const Pair& pair_;
@@ -205,10 +226,13 @@ class Streamed {
   const Tuning& tuning_;
   const int threads_;
   std::vector<Task> tasks_;
+  std::unique_ptr<Worker[]> workers_;
+  // The candidates of all tasks, each task's together and in linear order.
+  std::unique_ptr<float[]> scores_;
+  std::unique_ptr<int64_t[]> indices_;
   std::atomic<int64_t> held_{0};
-  std::atomic<bool> overflowed_{false};
   int64_t budget_ = 0;
-  int64_t above_ = 0;
+  int64_t above_ = 0, inside_ = 0;
 };
 
 // A unit that fits a cache: its scores are held, their keys counted, and nothing is estimated. One
@@ -239,7 +263,7 @@ inline Fault select_held(const Pair& pair, const Region& region, int64_t k, uint
   held = 0;
   each_segment(region, 0, region.segments(), [&](int64_t row, int64_t col, int64_t count) {
     pair.kernels->classify(scores.data() + held, count, {threshold, threshold}, Inside::kMark, 0,
-                           mask + row * pair.cols + col, found);
+                           {mask + row * pair.cols + col}, found);
     held += count;
     return true;
   });
@@ -251,8 +275,8 @@ inline Fault select_held(const Pair& pair, const Region& region, int64_t k, uint
   return fault;
 }
 
-// How a tensor is cut into units of scope: the whole, blocks of columns, or rows. `k` of a unit, and
-// of the last one, which may be narrower.
+// How a tensor is cut into units of scope: the whole, blocks of columns, or rows. `k` of a unit,
+// and of the last one, which may be narrower.
 struct Units {
   int64_t rows, cols;  // of a unit
   int64_t k, last_k;

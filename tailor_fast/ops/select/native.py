@@ -1,8 +1,9 @@
 """The ``select`` op in C++, on CPU tensors: one pass over the pair in the common case.
 
-A sample gives an interval that should hold the threshold; one pass marks the scores above it and
-collects the few inside; their counts prove the threshold, or an exact search follows. Units smaller
-than a cache are held and counted instead. The bits are those of ``reference.py``.
+A sample gives two cuts, in the order by score and then by linear index, that should lie on both
+sides of the threshold, however many scores equal it; one pass marks what is before the first and
+collects the little between them; counts prove the cuts, or an exact search follows. Units smaller
+than a cache are held and counted instead. The bits are those of the reference.
 """
 
 from typing import NamedTuple
@@ -32,13 +33,15 @@ class Tuning(NamedTuple):
         isa: one of ``_C.select_instruction_sets()``, "" for the best.
         stream_from: elements of a unit from which it is streamed instead of held.
         budget_part: candidates may be this part of the elements of a unit.
-        bracket: interval of scores instead of the estimated one.
+        bracket: score and linear index of two cuts between which the threshold is said to lie,
+            instead of the estimated ones: before a cut are the larger scores, and the equal ones
+            of lower indices.
     """
 
     isa: str = ""
     stream_from: int = 1 << 20
     budget_part: int = 16
-    bracket: tuple[float, float] | None = None
+    bracket: tuple[float, int, float, int] | None = None
 
 
 _DEFAULTS = Tuning()
@@ -89,7 +92,7 @@ def _require_finite(fault: _Fault, scoring: Scoring) -> None:
 
 def topk_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Mask of the k best scores; see the public function."""
-    mask, fault, _ = _topk_mask(scores, k)
+    mask, fault, _ = _topk_mask(scores, k, _DEFAULTS)
     if fault is not None:
         fail("topk_mask", "scores", "free of NaN", f"nan at linear index {fault[0]}")
     return mask
@@ -104,14 +107,12 @@ def select_patch(
     density: float,
 ) -> torch.Tensor:
     """Mask of the best scores in each unit of scope; see the public function."""
-    mask, fault, _ = _select_patch(base, tuned, column_weight, scoring, scope, density)
+    mask, fault, _ = _select_patch(base, tuned, column_weight, scoring, scope, density, _DEFAULTS)
     _require_finite(fault, scoring)
     return mask
 
 
-def _topk_mask(
-    scores: torch.Tensor, k: int, tuning: Tuning = _DEFAULTS
-) -> tuple[torch.Tensor, _Fault, Work]:
+def _topk_mask(scores: torch.Tensor, k: int, tuning: Tuning) -> tuple[torch.Tensor, _Fault, Work]:
     size, address = scores.numel(), scores.data_ptr()
     pair = (address, address, 0, 1, size, _DTYPES[scores.dtype], _SCORES, 1.0, 0, 0)
     mask = torch.empty(scores.shape, dtype=torch.bool)
@@ -125,7 +126,7 @@ def _select_patch(
     scoring: Scoring,
     scope: str,
     density: float,
-    tuning: Tuning = _DEFAULTS,
+    tuning: Tuning,
 ) -> tuple[torch.Tensor, _Fault, Work]:
     rows, cols = base.shape
     unit = {"tensor": (rows, cols), "block": (rows, BLOCK), "row": (1, cols)}[scope]
@@ -180,7 +181,7 @@ def tensor_affine(
     """Mean and factor of each term over the tensor, float32 ``[terms, 2]``."""
     pair = _describe(base, tuned, column_weight, scoring._replace(affine=None))
     affine = torch.empty((2 if _BOTH <= pair[6] < _SENSITIVITY else 1, 2))
-    fault = _C.select_affine(pair, affine.data_ptr(), "", torch.get_num_threads())
+    fault = _C.select_affine(pair, affine.data_ptr(), _DEFAULTS.isa, torch.get_num_threads())
     _require_finite(fault, scoring)
     return affine
 
@@ -195,16 +196,7 @@ def count_keys_(
 ) -> tuple[torch.Tensor, int]:
     """Count the digits of a pair's keys, and collect the keys inside an interval.
 
-    Args:
-        counts: int64 ``[65536]``, added to in place; which digits: see ``KeyInterval``.
-        base: ``[rows, cols]``.
-        tuned: ``[rows, cols]``.
-        column_weight: float32 ``[cols]`` or None.
-        scoring: how to score.
-        interval: which keys to count and to collect.
-
-    Returns:
-        The keys in ``[low, high]``, int32, and how many lie above ``high``.
+    As in the reference; ``counts`` is int64 ``[65536]``, added to in place.
     """
     keys = torch.empty((base.numel(),), dtype=torch.int32)
     fault, found, above = _C.select_count(
@@ -212,7 +204,7 @@ def count_keys_(
         *interval,
         counts.data_ptr(),
         keys.data_ptr(),
-        "",
+        _DEFAULTS.isa,
         torch.get_num_threads(),
     )
     _require_finite(fault, scoring)
@@ -228,9 +220,9 @@ def mark_pair_(
     threshold: torch.Tensor,
     ties: torch.Tensor,
 ) -> torch.Tensor:
-    """Mask of the keys above ``threshold`` (int32 ``[1]``) and of its first ``ties``.
+    """Mask of the keys above ``threshold`` and of its first ``ties``, which it reduces.
 
-    ``ties`` (int64 ``[1]``) is reduced in place by the ties that were taken.
+    As in the reference.
     """
     mask = torch.empty(base.shape, dtype=torch.bool)
     if mask.numel() == 0:
@@ -240,7 +232,7 @@ def mark_pair_(
         int(threshold),
         int(ties),
         mask.data_ptr(),
-        "",
+        _DEFAULTS.isa,
         torch.get_num_threads(),
     )
     _require_finite(fault, scoring)

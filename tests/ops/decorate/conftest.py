@@ -1,13 +1,13 @@
-"""Every test of the ``decorate`` op runs once per backend."""
+"""Every test of the ``decorate`` op runs once per backend and, for the C++ one, instruction set."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.backends import NATIVE, preferring
+from tests.backends import NATIVES, preferring
 
 
-@pytest.fixture(scope="module", autouse=True, params=["reference", NATIVE])
+@pytest.fixture(scope="module", autouse=True, params=["reference", *NATIVES])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend that ``auto`` takes."""
     yield from preferring("decorate", request.param)

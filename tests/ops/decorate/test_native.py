@@ -1,5 +1,7 @@
 """What the C++ backend of ``decorate`` promises beyond what every backend does."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,10 @@ from hypothesis import strategies as st
 from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, decorate_official
 from tailor_fast.ops.decorate.api import TOL
 from tailor_fast.testing import assert_within
-from tests.backends import needs_native
+from tests.backends import INSTRUCTION_SETS, needs_native, on_instruction_set
 
-from .problems import Problem, bare, correlated, objective, optimum
+from .problems import Problem, bare, correlated, damped, drawn, objective, optimum
+from .problems import sweep as swept
 
 pytestmark = needs_native
 native = pytest.importorskip("tailor_fast.ops.decorate.native")
@@ -20,9 +23,10 @@ sweep = pytest.importorskip("tailor_fast.ops.decorate.native.sweep")
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> None:
-    """Once is enough: these tests name their backend."""
+@pytest.fixture(scope="module", autouse=True, params=INSTRUCTION_SETS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """These tests name their backend; they run once per instruction set."""
+    yield from on_instruction_set(request.param)
 
 
 def solve(problem: Problem, rhs: torch.Tensor | None = None, **options: float) -> Decorated:
@@ -200,10 +204,67 @@ def test_losses_in_float32_are_those_in_float64(monkeypatch, mode) -> None:
 
 def test_panels_of_the_sweep(monkeypatch) -> None:
     problem = correlated(20, 700)
-    reference = decorate_obs(*problem, backend="reference")
-    whole = decorate_obs(*problem, backend="native")
+    best, _ = swept(
+        problem.delta,
+        torch.zeros_like(problem.delta),
+        ~problem.mask,
+        damped(problem.gram, problem.damping(0.01)),
+        sign=-1,
+    )
+    plain = decorate_obs(*problem, backend="reference").patch
+    assert_within(decorate_obs(*problem, backend="native").patch, best, plain)
     monkeypatch.setattr(sweep, "_PANEL", sweep.BLOCK)
-    single = decorate_obs(*problem, backend="native")
-    for result in (whole, single):
-        assert (result.patch - reference.patch).abs().max() < 1e-5 * problem.delta.abs().max()
-        assert abs(result.loss / reference.loss - 1) < 1e-5
+    assert_within(decorate_obs(*problem, backend="native").patch, best, plain)
+
+
+@pytest.mark.parametrize("cols", [1, 15, 63, 64, 65, 200])
+def test_objectives_from_the_errors_of_a_sweep(monkeypatch, cols: int) -> None:
+    """Every width of the last strip; rows that keep nothing and rows that keep all."""
+    problem = correlated(12, cols, 0.3)
+    problem.mask[3], problem.mask[7] = False, True
+    wide = decorate_obs(*problem, backend="native")
+    monkeypatch.setattr(sweep, "FLOAT32_FROM", 0)
+    narrow = decorate_obs(*problem, backend="native")
+    assert torch.equal(narrow.patch, wide.patch)
+    for one, other in zip(narrow[1:4], wide[1:4], strict=True):
+        assert abs(one - other) < 1e-6 * wide.loss_reverted
+
+
+def test_the_proof_holds_where_iterations_end_by_quadrature() -> None:
+    problem = correlated(40, 200, 0.3)
+    damping = problem.damping(0.01)
+    best = optimum(problem, damping)
+    for tol in (0.3, 1e-2, 1e-3, 1e-5, 1e-7):
+        patch = solve(problem, tol=tol).patch
+        for row in range(40):
+            part = slice(row, row + 1)
+            one = Problem(problem.delta[part], problem.mask[part], problem.gram)
+            excess = objective(one, patch[part], damping) / objective(one, best[part], damping) - 1
+            assert excess <= tol
+    # The reference ends by |r|^2 / λ alone.
+    plain = decorate_exact(*problem, backend="reference")
+    assert int(solve(problem).iterations) < 0.9 * int(plain.iterations)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5, 0.97])
+def test_rows_of_any_density_are_gathered_alike(density: float) -> None:
+    """From an eighth of the columns on whole vectors are packed, with a rest behind them."""
+    for cols in (17, 64, 150):
+        problem = drawn(9, cols, 2 * cols, density, 0.0, cols)
+        best, plain = (
+            optimum(problem, problem.damping(0.1), dtype=dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert_within(solve(problem, percdamp=0.1, tol=1e-12).patch, best, plain)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="no kernels for the instruction set sse9"):
+        exact._C.use_instruction_set("sse9")
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    """It would end the process if it left the parallel region. Nothing behind 0 is touched."""
+    rows, width = 64, 2**61  # more scratch than any vector holds, for each of two chunks of rows
+    with pytest.raises(ValueError, match="larger than max_size"):
+        exact._C.decorate_sweep(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, rows, width, 0, 0, 2)

@@ -1,5 +1,7 @@
 """What the C++ backend of ``gram`` promises beyond what every backend does."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,18 +13,19 @@ from tailor_fast.ops.gram import (
     accumulate_gram_diag_,
 )
 from tailor_fast.testing import assert_within
-from tests.backends import needs_native
+from tests.backends import INSTRUCTION_SETS, needs_native, on_instruction_set
 
 pytestmark = needs_native
 native = pytest.importorskip("tailor_fast.ops.gram.native")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TASK = 512  # tokens of one task of the diagonal
+TASK = native._C.GRAM_DIAGONAL_TOKENS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> None:
-    """Once is enough: these tests name their backend."""
+@pytest.fixture(scope="module", autouse=True, params=INSTRUCTION_SETS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """These tests name their backend; they run once per instruction set."""
+    yield from on_instruction_set(request.param)
 
 
 def sums(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:

@@ -1,24 +1,44 @@
-"""The select tests run on every CPU backend: what ``auto`` takes is turned, not the calls."""
+"""The select tests run on every CPU backend and with every instruction set of the native one.
+
+What ``auto`` takes is turned, not the calls.
+"""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib import import_module
 from unittest import mock
 
 import pytest
 
+from tailor_fast._core.extension import load_extension
 from tailor_fast.ops.select.schema import ORDER
 from tests.backends import NATIVE
 
-ONE_BACKEND = ("test_scores", "test_native")  # these name the implementation that they call
+# These name the implementation that they call.
+ONE_BACKEND = ("test_scores", "test_native", "test_triton", "test_select_gpu")
+
+
+def instruction_sets() -> list[str]:
+    """What the native kernels run with here, the best one last."""
+    extension = load_extension()
+    return [] if isinstance(extension, ImportError) else extension.select_instruction_sets()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__.rpartition(".")[2] not in ONE_BACKEND:
         metafunc.fixturenames.append("auto_backend")
-        metafunc.parametrize("auto_backend", [NATIVE, "reference"], indirect=True, scope="module")
+        backends = [NATIVE, *(f"native-{isa}" for isa in instruction_sets()[:-1]), "reference"]
+        metafunc.parametrize("auto_backend", backends, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def auto_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Makes ``auto`` take one backend, on the CPU."""
-    with mock.patch.dict(ORDER, {"cpu": (request.param, "reference")}):
-        yield request.param
+    """Makes ``auto`` take one backend, on the CPU; ``native-avx2`` is one held to an old CPU."""
+    name, _, isa = request.param.partition("-")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(ORDER, {"cpu": (name, "reference")}))
+        if isa:
+            native = import_module("tailor_fast.ops.select.native")
+            tuning = native._DEFAULTS._replace(isa=isa)
+            stack.enter_context(mock.patch.object(native, "_DEFAULTS", tuning))
+        yield name

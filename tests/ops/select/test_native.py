@@ -85,19 +85,21 @@ def test_masks_have_the_same_bits(data: st.DataObject) -> None:
     assert torch.equal(mask, reference.select_patch(*pair, scoring, scope, density))
 
 
-BRACKETS = {
-    "too high": (50.0, 60.0),
-    "too low": (-60.0, -50.0),
-    "all": (-INF, INF),
-    "a score that is none": (0.25, 0.25),
-    "above all": (INF, INF),
-    "inverted": (1.0, -1.0),
+LAST = 2**63 - 1
+Bracket = tuple[float, int, float, int]
+BRACKETS: dict[str, Bracket] = {
+    "too high": (60.0, 0, 50.0, LAST),
+    "too low": (-50.0, 0, -60.0, LAST),
+    "all": (INF, 0, -INF, LAST),
+    "a score that is none": (0.25, 0, 0.25, LAST),
+    "above all": (INF, 0, INF, LAST),
+    "inverted": (-1.0, 0, 1.0, LAST),
 }
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bracket", BRACKETS.values(), ids=BRACKETS)
-def test_a_missed_bracket_costs_passes_only(isa: str, bracket: tuple[float, float]) -> None:
+def test_a_missed_bracket_costs_passes_only(isa: str, bracket: Bracket) -> None:
     pair = make_pair(60, 700, torch.bfloat16)
     scoring = Scoring("obs", 0.5, "row_block")
     mask, work = selected(
@@ -121,12 +123,50 @@ def test_the_estimate_takes_one_pass(normalize: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.6, 0.99])
 def test_heavy_ties(isa: str, density: float) -> None:
-    # Three scores in all. The interval is one of them: one pass, and nothing is collected.
+    # Three scores in all: the cuts lie among equals, so that few are collected.
     pair = tied_pair(300, 1000)
     scoring = Scoring("diag", 1.0, "none")
     mask, work = selected(pair, scoring, "tensor", density, isa=isa, stream_from=STREAMED)
-    assert work == (1, 0)
+    assert work.passes == 1
+    assert work.candidates < mask.numel() // 16
     assert torch.equal(mask, reference.select_patch(*pair, scoring, "tensor", density))
+
+
+TIES = 60 * 1500  # one score; the best 9000 are the first ones
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("first", "last", "passes"),
+    [
+        (8000, 9500, 1),
+        (9000, 9000, 1),
+        (9001, 9500, 1),  # the first cut gives way to 9000
+        (8000, 8600, 1),  # the last one too
+        (6000, 8500, 4),  # both cuts before the threshold
+        (12000, 14000, 4),  # both after it
+        (0, LAST, 4),  # too many to collect
+    ],
+)
+def test_cuts_among_equals(isa: str, first: int, last: int, passes: int) -> None:
+    # A cut within a stretch, here 1024 or 476 elements of a row, gives way to an end of it.
+    pair = (torch.zeros(60, 1500), torch.ones(60, 1500), torch.ones(1500))
+    scoring = Scoring("diag", 1.0, "none")
+    bracket = (1.0, first, 1.0, last)
+    tuning = {"isa": isa, "stream_from": STREAMED, "bracket": bracket}
+    mask, work = selected(pair, scoring, "tensor", 0.1, **tuning)
+    assert work.passes == passes
+    assert torch.equal(mask.flatten(), torch.arange(TIES) < TIES // 10)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("k", [1, 4000, 100_000, 196_000, 200_000])
+def test_cuts_among_infinities(isa: str, value: float, k: int) -> None:
+    scores = torch.full((200_000,), value)
+    scores[::50] = 1.0
+    mask, _, _ = native._topk_mask(scores, k, native.Tuning(isa=isa, stream_from=STREAMED))
+    assert torch.equal(mask, reference.topk_mask(scores, k))
 
 
 def test_ties_that_do_not_fit_are_counted() -> None:
@@ -135,7 +175,7 @@ def test_ties_that_do_not_fit_are_counted() -> None:
     tuned[::7, ::3] = 2.0
     scoring = Scoring("diag", 1.0, "none")
     mask, work = selected(
-        (zero, tuned, c), scoring, "tensor", 0.4, stream_from=STREAMED, bracket=(0.5, 1.5)
+        (zero, tuned, c), scoring, "tensor", 0.4, stream_from=STREAMED, bracket=(1.5, 0, 0.5, LAST)
     )
     assert work.passes == 4
     assert torch.equal(mask, reference.select_patch(zero, tuned, c, scoring, "tensor", 0.4))

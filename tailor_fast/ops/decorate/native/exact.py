@@ -23,7 +23,7 @@ SMALL = 256
 # Multiplications from which the rounding errors of a float32 energy average out, to below 1e-9 of
 # it. Smaller problems are computed in float64, which costs nothing there.
 FLOAT32_FROM = 1 << 30
-_PANEL = 1024  # columns of the Gram that one GEMM of an energy takes
+_PANEL = 512  # columns of the Gram that one GEMM of an energy takes
 
 
 class Problem(NamedTuple):

@@ -83,7 +83,7 @@ class Root(NamedTuple):
     block add to it is ``(D - P)_before R_before,block U_block,block``. The inverse is not formed.
 
     Attributes:
-        upper: R, float32 ``[cols, cols]``, upper triangular; None where H is 0.
+        upper: R, float32 ``[cols, cols]``, upper triangular, contiguous; None where H is 0.
         inverses: diagonal blocks of U.
         blocks: the same as the sweep reads them.
         damping: λ.
@@ -123,9 +123,10 @@ def _root(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
     """R in ``dtype``; None where the factorisation fails. Holds two more matrices meanwhile."""
     reverse = gram.to(dtype).flip(0, 1)
     reverse.diagonal().add_(damping)
-    lower, failed_at = torch.linalg.cholesky_ex(reverse)
+    # Factors have contiguous columns, so that the transpose of the upper one has contiguous rows.
+    factor, failed_at = torch.linalg.cholesky_ex(reverse, upper=True)
     del reverse
-    return lower.flip(0, 1) if int(failed_at) == 0 else None
+    return factor.T.flip(0, 1) if int(failed_at) == 0 else None
 
 
 def sweep_rows(root: Root, gram: Tensor, delta: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,46 +141,67 @@ def sweep_rows(root: Root, gram: Tensor, delta: Tensor, keep: Tensor) -> tuple[T
     Returns:
         Patch ``[rows, cols]``, and float64 ``[3]``: the objective at it, at the bare mask, at 0.
     """
-    patch = delta.masked_fill(~keep, 0)
     if root.upper is None:
-        return patch, torch.zeros(3, dtype=torch.float64)
-    # `rest` is delta - patch, what the patched layer lacks.
-    bare, rest = patch.clone(), torch.empty_like(delta)
-    loss = torch.zeros((), dtype=torch.float64)
+        return delta.masked_fill(~keep, 0), torch.zeros(3, dtype=torch.float64)
+    patch, rest, errors = (torch.empty_like(delta) for _ in range(3))
     for number, (inverse, block) in enumerate(zip(root.inverses, root.blocks, strict=True)):
         start, first = number * BLOCK, number * BLOCK // _PANEL * _PANEL
-        columns = slice(start, start + BLOCK)
+        stop = start + len(inverse)
         if start == first:
             panel = rest[:, :start] @ root.upper[:start, start : start + _PANEL]
-        carried = panel[:, start - first : start - first + BLOCK]
-        carried.addmm_(rest[:, first:start], root.upper[first:start, columns])
-        weight = torch.addmm(delta[:, columns], carried, inverse)
-        errors = torch.empty_like(weight)
-        sweep_columns(weight, None, keep[:, columns], block, errors)
-        patch[:, columns] = weight.masked_fill_(~keep[:, columns], 0)
-        torch.sub(delta[:, columns], weight, out=rest[:, columns])
-        loss += errors.square_().sum(dtype=torch.float64)
+        carried = panel[:, start - first : stop - first]
+        carried.addmm_(rest[:, first:start], root.upper[first:start, start:stop])
+        weight = torch.addmm(delta[:, start:stop], carried, inverse)
+        _sweep_delta(weight, delta, keep, block, errors, patch, rest, start)
     if delta.numel() * delta.shape[1] < FLOAT32_FROM:  # where rounding would not average out
-        loss = energy(rest, gram, root.damping)
-    to_zero = _rise(rest, patch, keep, gram, root.damping)
-    to_bare = _rise(rest, patch - bare, keep, gram, root.damping)
-    return patch, torch.stack([loss, loss + to_bare, loss + to_zero])
+        bare = delta.masked_fill(keep, 0)
+        losses = [energy(error, gram, root.damping) for error in (rest, bare, delta)]
+        return patch, torch.stack(losses)
+    loss = errors.square().sum(dtype=torch.float64)
+    return patch, torch.stack([loss, *_objectives(errors, delta, patch, keep, root.upper)])
 
 
-def _rise(error: Tensor, step: Tensor, keep: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """By how much the objective of ``error`` rises when ``step``, 0 outside the mask, is added."""
-    rows, cols = error.shape
-    rise = torch.empty(rows, dtype=torch.float64)
-    _C.decorate_rise(
-        error.data_ptr(),
-        step.data_ptr(),
-        keep.data_ptr(),
-        gram.data_ptr(),
+def _sweep_delta(
+    weight: Tensor,
+    delta: Tensor,
+    keep: Tensor,
+    block: Block,
+    errors: Tensor,
+    patch: Tensor,
+    rest: Tensor,
+    start: int,
+) -> None:
+    """Settle a block from column ``start`` on; ``rest`` is what its patch leaves of the delta."""
+    rows, width = weight.shape
+    _C.decorate_sweep_delta(
+        weight.data_ptr(),
+        delta[:, start:].data_ptr(),
+        keep[:, start:].data_ptr(),
+        block.factor.data_ptr(),
+        block.diagonal.data_ptr(),
+        errors[:, start:].data_ptr(),
+        patch[:, start:].data_ptr(),
+        rest[:, start:].data_ptr(),
         rows,
-        cols,
-        damping,
-        rows * cols * cols < FLOAT32_FROM,
-        rise.data_ptr(),
+        width,
+        delta.shape[1],
         torch.get_num_threads(),
     )
-    return rise.sum()
+
+
+def _objectives(
+    errors: Tensor, delta: Tensor, patch: Tensor, keep: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The objective of the bare mask and of the base layer, from the errors of the sweep."""
+    rows, cols = delta.shape
+    bare, reverted = _C.decorate_objectives(
+        errors.data_ptr(),
+        delta.data_ptr(),
+        patch.data_ptr(),
+        keep.data_ptr(),
+        upper.data_ptr(),
+        rows,
+        cols,
+        torch.get_num_threads(),
+    )
+    return torch.tensor(bare, dtype=torch.float64), torch.tensor(reverted, dtype=torch.float64)
