@@ -23,6 +23,7 @@ def shorten(text: str, longest: int = _LONGEST) -> str:
 
 def quoted(text: str) -> str:
     """``'name'`` with control characters escaped, at most some hundred characters."""
+    text = shorten(text)  # first: escaped, each character may become ten
     return shorten(ascii(text) if not text.isprintable() else f"'{text}'")
 
 
@@ -45,6 +46,7 @@ class CheckpointError(TailorError):
     Attributes:
         path: file or directory concerned, or None.
         tensor: name of the tensor concerned, or None.
+        remedy: what to do about it, as in the sentence, or None.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class CheckpointError(TailorError):
         super().__init__(f"{where}{which}{problem}{then}")
         self.path = None if path is None else os.fspath(path)
         self.tensor = tensor
+        self.remedy = remedy
 
 
 class MissingFileError(CheckpointError, InputError):

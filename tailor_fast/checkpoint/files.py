@@ -77,7 +77,8 @@ def input_error(error: OSError, path: AnyPath) -> CheckpointError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         remedy = "raise the limit (`ulimit -n`)"
         return TransferError("too many open files", path=path, remedy=remedy)
-    return TransferError(f"cannot be opened: {error.strerror}", path=path)
+    problem = f"cannot be opened: {error.strerror}"
+    return TransferError(problem, path=path, remedy="check the disk")
 
 
 def output_error(error: OSError, path: AnyPath, doing: str) -> CheckpointError:
@@ -110,7 +111,7 @@ def open_input(path: AnyPath) -> int:
         MissingFileError: not there, not readable or not a regular file.
         TransferError: the system failed to open it.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         fd = os.open(path, flags)
     except OSError as error:
@@ -119,12 +120,15 @@ def open_input(path: AnyPath) -> int:
     if not stat.S_ISREG(mode):
         os.close(fd)
         kind = next((text for matches, text in _KINDS if matches(mode)), "special")
-        raise MissingFileError(f"must be a regular file; it is {kind}", path=path)
+        problem = f"must be a regular file; it is {kind}"
+        raise MissingFileError(problem, path=path, remedy="check the path")
     return fd
 
 
-def read_exact(fd: int, view: memoryview, offset: int, path: AnyPath) -> None:
-    """Fill ``view`` (bytes) from ``offset`` of the file.
+def read_exact(
+    fd: int, view: memoryview, offset: int, path: AnyPath, tensor: str | None = None
+) -> None:
+    """Fill ``view`` (bytes) from ``offset`` of the file; ``tensor`` is what is read, for errors.
 
     Raises:
         TruncatedError: the file ends before ``view`` is full.
@@ -136,11 +140,12 @@ def read_exact(fd: int, view: memoryview, offset: int, path: AnyPath) -> None:
             count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
             problem = f"reading at byte {offset + done} failed: {error.strerror}"
-            raise TransferError(problem, path=path, remedy="check the disk") from error
+            remedy = "check the disk"
+            raise TransferError(problem, path=path, tensor=tensor, remedy=remedy) from error
         if count == 0:
             problem = f"ends at byte {offset + done}, {len(view) - done} bytes were still expected"
             remedy = "do not change inputs while they are read"
-            raise TruncatedError(problem, path=path, remedy=remedy)
+            raise TruncatedError(problem, path=path, tensor=tensor, remedy=remedy)
         done += count
 
 

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
+from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.checkpoint.hashing import TensorHasher, checkpoint_root
 from tailor_fast.checkpoint.reader import Checkpoint
 
 
 class Hashed:
     """An open checkpoint and the digests of what was read whole so far.
+
+    Different tensors may be read by different threads; the parts of one tensor by one at a time.
 
     Attributes:
         checkpoint: the open files.
@@ -19,40 +22,50 @@ class Hashed:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.digests: dict[str, str] = {}
+        self._begun: dict[str, tuple[TensorHasher, int]] = {}  # and how many bytes it has seen
 
     def read(self, name: str) -> torch.Tensor:
         """Return tensor ``name``, owned by the caller."""
-        tensor = self.checkpoint.read(name)
-        if name not in self.digests:
-            hasher = self._hasher(name)
-            hasher.update(tensor)
-            self.digests[name] = hasher.hexdigest()
+        tensor = self.checkpoint.empty(name)
+        self.read_into(name, tensor)
         return tensor
 
-    def blocks(self, name: str, buffer: bytearray) -> Iterator[tuple[int, memoryview]]:
-        """Read tensor ``name`` through ``buffer``: yields (first byte, bytes)."""
-        hasher = self._hasher(name)
-        size = self.checkpoint.tensors[name].nbytes
-        for begin in range(0, size, len(buffer)):
-            end = min(size, begin + len(buffer))
-            self.checkpoint.read_into(name, buffer, begin, end)
-            view = memoryview(buffer)[: end - begin]
-            hasher.update(view)
-            yield begin, view
-        self.digests[name] = hasher.hexdigest()
+    def read_into(self, name: str, buffer: object, begin: int = 0, end: int | None = None) -> int:
+        """``Checkpoint.read_into``; bytes that come in order are hashed on the way."""
+        count = self.checkpoint.read_into(name, buffer, begin, end)
+        if name not in self.digests:
+            self._hash(name, begin, byte_view(buffer, writable=False)[:count])
+        return count
 
-    def finish(self, buffer: bytearray) -> dict[str, str]:
-        """Hash what was not read so far, and return every digest."""
+    def blocks(self, name: str, buffer: bytearray | memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Read tensor ``name`` through ``buffer``: yields (first byte, bytes)."""
+        size = self.checkpoint.tensors[name].nbytes
+        for begin in range(0, max(1, size), len(buffer)):
+            count = self.read_into(name, buffer, begin, min(size, begin + len(buffer)))
+            if count:
+                yield begin, memoryview(buffer)[:count]
+
+    def finish(self, buffer: bytearray | memoryview) -> dict[str, str]:
+        """Hash what was not read so far, and return every digest in the order of the files."""
         for name in self.checkpoint.tensors:
             if name not in self.digests:
                 for _ in self.blocks(name, buffer):
                     pass
-        return self.digests
+        return {name: self.digests[name] for name in self.checkpoint.tensors}
 
-    def _hasher(self, name: str) -> TensorHasher:
-        info = self.checkpoint.tensors[name]
-        return TensorHasher(info.dtype, info.shape)
-
-    def root(self, buffer: bytearray) -> str:
+    def root(self, buffer: bytearray | memoryview) -> str:
         """Identity of the whole checkpoint, however it is distributed over files."""
         return checkpoint_root(self.finish(buffer))
+
+    def _hash(self, name: str, begin: int, view: memoryview) -> None:
+        info = self.checkpoint.tensors[name]
+        if begin == 0:
+            self._begun[name] = TensorHasher(info.dtype, info.shape), 0
+        hasher, seen = self._begun.get(name, (None, -1))
+        if hasher is None or seen != begin:
+            return
+        hasher.update(view)
+        self._begun[name] = hasher, seen + len(view)
+        if seen + len(view) == info.nbytes:
+            self.digests[name] = hasher.hexdigest()
+            del self._begun[name]

@@ -19,9 +19,11 @@ from tailor_fast.checkpoint.errors import (
     NotSafetensorsError,
     listed,
     quoted,
+    shown_path,
 )
 from tailor_fast.checkpoint.files import input_error, list_names, open_input, read_exact
-from tailor_fast.checkpoint.header import folded
+from tailor_fast.checkpoint.foreign import CONVERT
+from tailor_fast.checkpoint.header import MAX_TENSORS, folded
 from tailor_fast.checkpoint.strict_json import JsonError, Scanner
 
 SUFFIX = ".safetensors"
@@ -31,7 +33,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_INDEX_BYTES = 64 * 2**20
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # a separator or a drive on any system
-_CONVERT = "convert it to safetensors first, with the tool that wrote it"
+_AGAIN = "fetch the index again, from the same revision as the files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def locate(path: Path) -> Source:
         return _read_index(path.parent, path.name)
     if path.suffix in PICKLES:
         problem = "is a pickle, which may run code when loaded"
-        raise NotSafetensorsError(problem, path=path, remedy=_CONVERT)
+        raise NotSafetensorsError(problem, path=path, remedy=CONVERT)
     return Source(path.parent, (path.name,))
 
 
@@ -91,7 +93,7 @@ def _in_directory(directory: Path, names: list[str]) -> Source:
     stray = [name for name in names if name.endswith(SUFFIX) and name not in source.shards]
     if not stray:
         return source
-    warning = f"{directory}: not part of the checkpoint and not read: {listed(stray)}"
+    warning = f"{shown_path(directory)}: not part of the checkpoint and not read: {listed(stray)}"
     return Source(
         directory,
         source.shards,
@@ -110,7 +112,7 @@ def _refuse_directory(directory: Path, names: list[str]) -> None:
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         problem = f"holds only pickles, which may run code when loaded: {listed(pickles)}"
-        raise NotSafetensorsError(problem, path=directory, remedy=_CONVERT)
+        raise NotSafetensorsError(problem, path=directory, remedy=CONVERT)
     remedy = "check the path"
     raise MissingFileError(f"{problem}; it holds neither", path=directory, remedy=remedy)
 
@@ -122,58 +124,69 @@ def _read_index(directory: Path, name: str) -> Source:
         size = os.fstat(fd).st_size
         if size > _MAX_INDEX_BYTES:
             problem = f"index must be at most {_MAX_INDEX_BYTES} bytes; got {size}"
-            raise MalformedError(problem, path=path)
+            raise MalformedError(problem, path=path, remedy=_AGAIN)
         raw = bytearray(size)
         read_exact(fd, memoryview(raw), 0, path)
     finally:
         os.close(fd)
     try:
-        weight_map, total_size = _parse_index(raw.decode("utf-8", "strict"))
-    except UnicodeDecodeError as error:
-        problem = f"index must be UTF-8; got byte {error.object[error.start]:#x}"
-        raise MalformedError(problem, path=path) from None
+        weight_map, total_size = _parse_index(raw)
     except JsonError as error:
-        raise MalformedError(f"is no valid index: {error}", path=path) from None
+        problem = f"must be a valid index: {error}"
+        raise MalformedError(problem, path=path, remedy=_AGAIN) from None
     shards = tuple(sorted(set(weight_map.values())))
     _check_shards(directory, path, shards)
     return Source(directory, shards, weight_map, total_size)
 
 
-def _parse_index(text: str) -> tuple[dict[str, str], float | None]:
+def _parse_index(text: bytearray) -> tuple[dict[str, str], float | None]:
     scanner = Scanner(text)
     weight_map: dict[str, str] = {}
-    total: object = None
+    total = b""
     for key in scanner.members():
         if key == "weight_map":
-            weight_map = {tensor: scanner.string() for tensor in scanner.members()}
+            weight_map = _parse_map(scanner)
         elif key == "metadata" and scanner.peek() == "{":
             for field in scanner.members():
-                value = scanner.value()
+                value = scanner.skip()
                 total = value if field == "total_size" else total
         else:
-            scanner.value()
+            scanner.skip()
     scanner.end()
     if not weight_map:
-        raise JsonError("weight_map must map at least one tensor to a file; it is missing or empty")
+        raise JsonError("expected a weight_map from tensors to files, found none or an empty one")
     try:  # int, float and string all occur
-        return weight_map, float(total) if isinstance(total, int | float | str) else None
-    except (ValueError, OverflowError):
+        return weight_map, float(total.strip(b'"'))
+    except ValueError:
         return weight_map, None
+
+
+def _parse_map(scanner: Scanner) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}  # one string per file instead of one per tensor
+    for tensor in scanner.members():
+        shard = scanner.string()
+        weight_map[tensor] = files.setdefault(shard, shard)
+        if len(weight_map) > MAX_TENSORS:
+            raise JsonError(f"expected at most {MAX_TENSORS} tensors in weight_map, found more")
+    return weight_map
 
 
 def _check_shards(directory: Path, index: AnyPath, shards: tuple[str, ...]) -> None:
     seen: dict[str, str] = {}
     for shard in shards:
         if shard.endswith(PICKLES):
-            problem = f"names the pickle {quoted(shard)}"
-            raise NotSafetensorsError(problem, path=index, remedy=_CONVERT)
+            problem = f"must name safetensors files; got the pickle {quoted(shard)}"
+            raise NotSafetensorsError(problem, path=index, remedy=CONVERT)
         if _UNSAFE.search(shard) or not shard.endswith(SUFFIX) or shard == SUFFIX:
             problem = f"a file name must be bare and end in {SUFFIX}; got {quoted(shard)}"
-            raise MalformedError(problem, path=index)
+            raise MalformedError(problem, path=index, remedy=_AGAIN)
         first = seen.setdefault(folded(shard), shard)
         if first != shard:
-            problem = f"file names {quoted(first)} and {quoted(shard)} differ only in case"
-            raise MalformedError(problem, path=index)
+            problem = (
+                f"file names must differ; {quoted(first)} and {quoted(shard)} differ only in case"
+            )
+            raise MalformedError(problem, path=index, remedy=_AGAIN)
     missing = [shard for shard in shards if not os.path.lexists(directory / shard)]
     if missing:
         problem = f"names {len(shards)} files, of which {len(missing)} are missing"

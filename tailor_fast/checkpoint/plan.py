@@ -12,6 +12,7 @@ from tailor_fast.checkpoint.dtypes import DTYPES, byte_size, item_bits
 from tailor_fast.checkpoint.errors import quoted
 from tailor_fast.checkpoint.header import (
     MAX_HEADER_BYTES,
+    MAX_METADATA_BYTES,
     MAX_TENSORS,
     METADATA_KEY,
     PREFIX_BYTES,
@@ -163,6 +164,10 @@ def _header(
     specs: Sequence[TensorSpec], sizes: Mapping[TensorSpec, int], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     members: dict[str, object] = {METADATA_KEY: dict(metadata)}
+    nbytes = len(json.dumps(metadata, ensure_ascii=False).encode())
+    if nbytes > MAX_METADATA_BYTES:
+        limit = f"metadata may have {MAX_METADATA_BYTES} bytes, these have {nbytes}"
+        raise ValueError(f"plan_layout: {limit}. Hint: leave something out")
     begins: dict[str, int] = {}
     cursor = 0
     for spec in specs:

@@ -25,10 +25,17 @@ from tailor_fast.checkpoint.errors import (
 )
 from tailor_fast.checkpoint.files import Snapshot, byte_view, open_input, read_exact
 from tailor_fast.checkpoint.gate import Gate
-from tailor_fast.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
+from tailor_fast.checkpoint.header import (
+    MAX_TENSORS,
+    PREFIX_BYTES,
+    Header,
+    header_length,
+    parse_header,
+)
 from tailor_fast.checkpoint.index import Source, locate
 from tailor_fast.checkpoint.sidefiles import side_files
 
+_ONE_REVISION = "fetch index and files again, from one revision"
 _PREFIX_PROBE = 64  # enough to recognise what a file is that is not safetensors
 
 
@@ -122,9 +129,10 @@ class Checkpoint:
         read_exact(fd, memoryview(text), PREFIX_BYTES, path)
         header = parse_header(text, snapshot.size - PREFIX_BYTES - length, path)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        digest = hashlib.sha256(prefix[:PREFIX_BYTES] + text).hexdigest()
+        digest = hashlib.sha256(prefix[:PREFIX_BYTES])
+        digest.update(text)
         metadata = types.MappingProxyType(header.metadata)
-        return ShardInfo(path.name, path, snapshot, digest, metadata), header
+        return ShardInfo(path.name, path, snapshot, digest.hexdigest(), metadata), header
 
     @property
     def total_bytes(self) -> int:
@@ -146,23 +154,30 @@ class Checkpoint:
         places = [self.path, *(shard.path.resolve() for shard in self.shards)]
         return tuple(dict.fromkeys(places))
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return tensor ``name`` in memory of its own.
+    def empty(self, name: str) -> torch.Tensor:
+        """Return memory for tensor ``name``, not yet filled.
 
         Returns:
-            Tensor of the stored shape and dtype. Where torch has no such dtype: its raw bytes,
-            uint8 ``[nbytes]``.
+            Tensor of the stored shape and dtype. Where torch has no such dtype: uint8
+            ``[nbytes]``.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        info = self.tensors[name]
+        dtype = info.torch_dtype
+        if dtype is None:
+            return torch.empty(info.nbytes, dtype=torch.uint8)
+        return torch.empty(info.shape, dtype=dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return tensor ``name`` in memory of its own: ``empty``, filled.
 
         Raises:
             KeyError: no such tensor.
             TruncatedError, TransferError: see ``read_into``.
         """
-        info = self.tensors[name]
-        dtype = info.torch_dtype
-        if dtype is None:
-            tensor = torch.empty(info.nbytes, dtype=torch.uint8)
-        else:
-            tensor = torch.empty(info.shape, dtype=dtype)
+        tensor = self.empty(name)
         self.read_into(name, tensor)
         return tensor
 
@@ -197,7 +212,7 @@ class Checkpoint:
             raise ValueError(f"read_into: buffer must have {count} bytes; got {len(view)}")
         with self._gate:
             fd, path = self._files[info.shard]
-            read_exact(fd, view[:count], info.offset + begin, path)
+            read_exact(fd, view[:count], info.offset + begin, path, name)
             if self._drop_cache and count:
                 os.posix_fadvise(fd, info.offset + begin, count, os.POSIX_FADV_DONTNEED)
         return count
@@ -271,11 +286,14 @@ def open_checkpoint(path: AnyPath, *, drop_cache: bool = False) -> Checkpoint:
 
 
 def _collect(header: Header, shard: ShardInfo, tensors: dict[str, TensorInfo]) -> None:
+    if len(tensors) + len(header.entries) > MAX_TENSORS:
+        problem = f"a checkpoint must have at most {MAX_TENSORS} tensors; got more"
+        raise MalformedError(problem, path=shard.path, remedy="leave out what is not a weight")
     for entry in header.entries:
         if entry.name in tensors:
             other = tensors[entry.name].shard
-            problem = f"is in {quoted(other)} too, but must be in one file only"
-            raise MalformedError(problem, path=shard.path, tensor=entry.name)
+            problem = f"must be in one file only; it is in {quoted(other)} too"
+            raise MalformedError(problem, path=shard.path, tensor=entry.name, remedy=_ONE_REVISION)
         tensors[entry.name] = TensorInfo(
             entry.name,
             entry.dtype,
@@ -291,26 +309,26 @@ def _check_distinct(shards: list[ShardInfo]) -> None:
     for shard in shards:
         first = seen.setdefault((shard.snapshot.device, shard.snapshot.inode), shard)
         if first is not shard:
-            problem = f"is the same file as {quoted(first.file_name)}"
-            raise MalformedError(problem, path=shard.path)
+            problem = f"must be a file of its own; it is the same as {quoted(first.file_name)}"
+            raise MalformedError(problem, path=shard.path, remedy=_ONE_REVISION)
 
 
 def _check_index(path: Path, source: Source, tensors: dict[str, TensorInfo]) -> list[str]:
     if source.weight_map is None:
         return []
-    remedy = "fetch index and files again, from one revision"
     absent = [name for name in source.weight_map if name not in tensors]
     if absent:
-        problem = f"the index names {len(absent)} tensors that no file holds: {listed(absent)}"
-        raise MalformedError(problem, path=path, remedy=remedy)
+        problem = f"must hold what the index names; {len(absent)} are in no file: {listed(absent)}"
+        raise MalformedError(problem, path=path, remedy=_ONE_REVISION)
     extra = [name for name in tensors if name not in source.weight_map]
     if extra:
-        problem = f"the files hold {len(extra)} tensors that the index lacks: {listed(extra)}"
-        raise MalformedError(problem, path=path, remedy=remedy)
+        problem = f"must hold only what the index names; got {len(extra)} more: {listed(extra)}"
+        raise MalformedError(problem, path=path, remedy=_ONE_REVISION)
     for name, shard in source.weight_map.items():
         if tensors[name].shard != shard:
-            problem = f"is in {quoted(tensors[name].shard)}, the index says {quoted(shard)}"
-            raise MalformedError(problem, path=path, tensor=name, remedy=remedy)
+            other = quoted(tensors[name].shard)
+            problem = f"must be in {quoted(shard)}, as the index says; it is in {other}"
+            raise MalformedError(problem, path=path, tensor=name, remedy=_ONE_REVISION)
     total = sum(info.nbytes for info in tensors.values())
     if source.total_size is not None and source.total_size != total:
         return [

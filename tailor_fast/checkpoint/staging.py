@@ -171,9 +171,9 @@ class Staging:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return self._open(name, flags)
 
-    def reopen(self, name: str) -> int:
-        """Open file ``name``, made by ``create``, again."""
-        return self._open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def reopen(self, name: str, flags: int = 0) -> int:
+        """Open file ``name``, made by ``create``, again; ``flags`` come on top."""
+        return self._open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
 
     def _open(self, name: str, flags: int) -> int:
         try:

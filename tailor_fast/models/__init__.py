@@ -5,6 +5,7 @@ Knows transformers, knows no op and no file.
 
 from tailor_fast.models.blocks import blocks_of
 from tailor_fast.models.calling import caller
+from tailor_fast.models.known import known_targets
 from tailor_fast.models.linears import Target, find_targets, pair_parameters, weight_view
 from tailor_fast.models.residency import Residency
 from tailor_fast.models.skeleton import build_skeleton, map_keys
@@ -18,6 +19,7 @@ __all__ = [
     "build_skeleton",
     "caller",
     "find_targets",
+    "known_targets",
     "map_keys",
     "pair_parameters",
     "weight_view",

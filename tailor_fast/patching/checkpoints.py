@@ -22,11 +22,11 @@ from tailor_fast.checkpoint import (
 )
 from tailor_fast.patching.job import Job, PathLike, Request
 from tailor_fast.patching.picture import draw_report
+from tailor_fast.patching.pipeline import Writer
 from tailor_fast.patching.plan import PatchPlan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
 from tailor_fast.patching.sources import BLOCK_BYTES, Sources
-from tailor_fast.patching.streamed import StreamedWeights
 
 PICTURE_NAME = "tailor_report.png"
 _VERSIONED = ("torch", "transformers", "safetensors", "numpy")
@@ -77,11 +77,13 @@ def patch_checkpoint(
         with StagedCheckpoint(
             out, layout, overwrite=job.request.options.overwrite, inputs=inputs
         ) as staged:
-            weights = job.run(sources, staged)
-            buffer = bytearray(BLOCK_BYTES)
-            _copy_untouched(sources, weights, job.recipe, buffer)
+            with Writer(staged) as writer:
+                job.run(sources, staged, writer)
+                picture = draw_report(job.report.to_dict())  # while the last bytes reach the disk
+                with job.report.timed("write"):
+                    writer.drain()
             job.report.seconds["total"] = time.perf_counter() - start
-            _finish(sources, staged, job, (Path(base), Path(tuned)), buffer)
+            _finish(sources, staged, job, (Path(base), Path(tuned)), picture)
             staged.commit()
     job.progress.finish()
     return job.report
@@ -129,26 +131,12 @@ def _job(
     return Job(request, progress)
 
 
-def _copy_untouched(
-    sources: Sources, weights: StreamedWeights, recipe: Recipe, buffer: bytearray
-) -> None:
-    """Copy every tensor that was not patched, as bytes, block by block."""
-    layers = {layer.tensor for layer in sources.layers}
-    for name in sources.tuned.checkpoint.tensors:
-        if name in weights.written:
-            continue
-        from_base = name in layers or recipe.untouched == "base"
-        source = sources.base if from_base else sources.tuned
-        for begin, block in source.blocks(name, buffer):
-            weights.staged.write(name, begin, block)
-
-
 def _finish(
     sources: Sources,
     staged: StagedCheckpoint,
     job: Job,
     names: tuple[Path, Path],
-    buffer: bytearray,
+    picture: bytes,
 ) -> None:
     """Add everything that is not a weight: side files, report, picture, card, manifest."""
     tuned = sources.tuned.checkpoint
@@ -160,7 +148,7 @@ def _finish(
     }
     report = {**job.report.to_dict(), "inputs": places}
     staged.add_file(REPORT_NAME, json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
-    staged.add_file(PICTURE_NAME, draw_report(report))
+    staged.add_file(PICTURE_NAME, picture)
     kept = {row.tensor: (row.kept, row.rows * row.cols) for row in job.report.linears}
     card = model_card(
         title=staged.out.name,
@@ -170,6 +158,7 @@ def _finish(
         license=None if tuned.directory is None else read_license(tuned.directory),
     )
     staged.add_file(CARD_NAME, card)
+    buffer = bytearray(BLOCK_BYTES)
     inputs = {
         "base": input_record(sources.base.checkpoint, sources.base.finish(buffer)),
         "tuned": input_record(tuned, sources.tuned.finish(buffer)),

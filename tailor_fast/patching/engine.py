@@ -108,7 +108,7 @@ class Engine:
         return Lockstep(streams.running(), sites, rerun=rerun, spill=self.spill)
 
     def _collect(self, lockstep: Lockstep, site: Site, streams: Streams) -> _Pair:
-        with self.solver.timed("statistics"):
+        with self.solver.report.timed("statistics"):
             new, old = self._collector.both(lockstep, site, streams)
         return new, self._old(site.modules, old)
 

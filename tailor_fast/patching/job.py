@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,19 @@ from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Statistics, is_statistics, open_statistics
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
 from tailor_fast.checkpoint import Layout, StagedCheckpoint, plan_layout
-from tailor_fast.models import caller
+from tailor_fast.models import Target, caller
+from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
 from tailor_fast.patching.inputs import Given, resolve
+from tailor_fast.patching.memory import divide_memory
+from tailor_fast.patching.pipeline import Writer
 from tailor_fast.patching.plan import PatchPlan, make_plan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
 from tailor_fast.patching.solver import Solver, units_of
-from tailor_fast.patching.sources import BLOCK_BYTES, LayerOnDisk, Sources, open_sources
+from tailor_fast.patching.sources import BLOCK_BYTES, Sources, open_sources
 from tailor_fast.patching.streamed import StreamedWeights
-from tailor_fast.patching.tailor import make_streams, solve_without_data
+from tailor_fast.patching.tailor import make_streams
 
 PathLike = str | os.PathLike[str]
 
@@ -80,7 +83,10 @@ class Job:
             if request.retain is not None and is_statistics(request.retain):
                 self._old_statistics = stack.enter_context(open_statistics(request.retain))
             self.recipe = resolve(request.recipe, self._given(), self.report)
-            sources = stack.enter_context(open_sources(request.base, request.tuned, self.recipe))
+            runs_model = request.calibration is not None
+            sources = stack.enter_context(
+                open_sources(request.base, request.tuned, self.recipe, runs_model=runs_model)
+            )
             infos = sources.tuned.checkpoint.tensors.values()
             shard = request.options.max_shard_bytes
             yield sources, plan_layout(infos, max_shard_bytes=shard)
@@ -95,8 +101,8 @@ class Job:
             sources,
             layout,
             self.recipe,
-            runs_model=self.request.calibration is not None,
-            retains=self.request.retain is not None,
+            given=self._given(),
+            max_ram=self.request.options.max_ram,
             notes=self.report.notes,
         )
         limit = self.request.options.max_ram
@@ -107,27 +113,46 @@ class Job:
             )
         return plan
 
-    def run(self, sources: Sources, staged: StagedCheckpoint) -> StreamedWeights:
-        """Patch every layer; each is written to ``staged`` as soon as it is solved."""
+    def run(self, sources: Sources, staged: StagedCheckpoint, writer: Writer) -> None:
+        """Write every tensor of the output; the last may be on their way to disk at the end."""
         plan = self.plan(sources, staged.layout)
         self.report.notes[:] = plan.notes
-        device = torch.device(self.request.options.device)
-        layers = self._changed(sources)
-        named = {layer.target.name: layer for layer in layers}
-        weights = StreamedWeights(sources, staged, named, device)
-        solver = self._solver(weights)
-        self._check_statistics(sources)
         with torch.no_grad():
-            if self.request.calibration is not None:
-                self._from_samples(weights, solver, plan)
-            elif self._statistics is not None:
-                self._from_statistics(weights, solver, self._statistics)
+            if self.request.calibration is None and self._statistics is None:
+                self._without_data(sources, staged, writer)
             else:
-                self.progress.start(len(named))
-                solve_without_data(solver, named, self._told(weights))
+                self._with_data(sources, staged, writer, plan)
+
+    def _without_data(self, sources: Sources, staged: StagedCheckpoint, writer: Writer) -> None:
+        targets = {layer.target.name: layer.target for layer in sources.layers}
+        memory = divide_memory(sources, self.recipe, self.request.options.max_ram)
+        device = torch.device(self.request.options.device)
+        units = self._units(sources, targets)
+        self.progress.start(len(targets))
+        run = DataFree(sources, self.recipe, units, self.report, memory, device)
+        run.run(staged, writer, self.progress.group)
+
+    def _with_data(
+        self, sources: Sources, staged: StagedCheckpoint, writer: Writer, plan: PatchPlan
+    ) -> None:
+        device = torch.device(self.request.options.device)
+        layers = [layer for layer in sources.layers if not sources.equal(layer.tensor)]
+        self.report.note_equal(len(sources.layers) - len(layers), len(sources.layers))
+        named = {layer.target.name: layer for layer in layers}
+        weights = StreamedWeights(sources, writer, named, device)
+        targets = {name: layer.target for name, layer in named.items()}
+        units = self._units(sources, targets)
+        solver = Solver(self.recipe, weights, targets, units, self.report)
+        self._check_statistics(sources)
+        if self._statistics is None:
+            self._from_samples(weights, solver, plan)
+        else:
+            self._from_statistics(weights, solver, self._statistics)
         for row in self.report.linears:
             row.tensor = named[row.name].tensor
-        return weights
+        names = [name for shard in staged.layout.shards for name in shard.tensors]
+        rest = [name for name in names if name not in weights.written]
+        copy_rest(sources, writer, rest, self.recipe)
 
     def _given(self) -> Given:
         kind = None if self._statistics is None else self._statistics.header.kind
@@ -135,20 +160,10 @@ class Job:
         samples = self.request.retain is not None and self._old_statistics is None
         return Given(self.request.calibration is not None, kind, samples, old)
 
-    def _changed(self, sources: Sources) -> list[LayerOnDisk]:
-        changed = [layer for layer in sources.layers if not sources.equal(layer.tensor)]
-        same = len(sources.layers) - len(changed)
-        if same:
-            text = f"{same} of {len(sources.layers)} layers are equal in both: left as is"
-            self.report.notes.append(text)
-        return changed
-
-    def _solver(self, weights: StreamedWeights) -> Solver:
-        targets = {name: layer.target for name, layer in weights.layers.items()}
-        units = {}
-        if self.recipe.scope in ("layer", "global"):
-            units = units_of(self.recipe, skeleton_of(weights.sources.tuned), targets)
-        return Solver(self.recipe, weights, targets, units, self.report)
+    def _units(self, sources: Sources, targets: Mapping[str, Target]) -> dict[str, str]:
+        if self.recipe.scope != "layer":
+            return units_of(self.recipe, None, targets)
+        return units_of(self.recipe, skeleton_of(sources.tuned), targets)
 
     def _check_statistics(self, sources: Sources) -> None:
         """Statistics of the new task must be TUNED's own, those of old tasks BASE's."""
@@ -241,7 +256,7 @@ class Job:
         return spill
 
     def _told(self, weights: StreamedWeights) -> Callable[[str, int, int], None]:
-        sizes = weights.staged.layout.tensors
+        sizes = weights.sources.tuned.checkpoint.tensors
 
         def told(name: str, done: int, total: int) -> None:
             written = sum(sizes[tensor].nbytes for tensor in weights.written)

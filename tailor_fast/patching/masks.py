@@ -69,7 +69,7 @@ class Masks:
             density=recipe.density,
             salience_weight=1.0 if column_weight is None else recipe.salience_weight,
             normalize=recipe.normalize,
-            scope=_within_tensor(recipe),
+            scope=within_tensor(recipe),
             name=name,
         )
 
@@ -79,7 +79,8 @@ class Masks:
         return 1.0 if data_free else self._recipe.salience_weight
 
 
-def _within_tensor(recipe: Recipe) -> Literal["tensor", "block", "row"]:
+def within_tensor(recipe: Recipe) -> Literal["tensor", "block", "row"]:
+    """The scope of a recipe that stays within one tensor."""
     if recipe.scope == "layer" or recipe.scope == "global":
         raise RuntimeError(f"scope {recipe.scope} has no units")
     return recipe.scope

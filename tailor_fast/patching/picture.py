@@ -63,6 +63,7 @@ def draw_report(report: Mapping[str, Any]) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     linears = report["linears"]
     measured = any(row["loss_reverted"] for row in linears)
@@ -77,6 +78,8 @@ def draw_report(report: Mapping[str, Any]) -> bytes:
     if measured:
         _draw_loss(axes[1], linears)
     _label_layers(axes[-1], [row["name"] for row in linears])
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a layer's name is no formula, whatever it has between dollars
     picture = io.BytesIO()
     FigureCanvasAgg(figure)  # the figure's canvas from now on; no global state is touched
     figure.savefig(picture, format="png", metadata={"Software": None})

@@ -10,10 +10,15 @@ from tailor_fast.calibration.streamed import run_dtype, skeleton_of
 from tailor_fast.checkpoint import Layout
 from tailor_fast.models import Residency
 from tailor_fast.ops.select import kept_count
+from tailor_fast.patching.inputs import Given
+from tailor_fast.patching.memory import FIXED_BYTES, divide_memory
 from tailor_fast.patching.recipe import Recipe
-from tailor_fast.patching.sources import BLOCK_BYTES, Sources
+from tailor_fast.patching.sources import Sources
 
 _FP32 = 4
+_PLAIN_BYTES = 24
+_SYSTEM_BYTES = 48
+_FACTORS = 3
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class PatchPlan:
         weights: weights in all targeted layers.
         kept: most of them that may differ from base.
         disk: size of the output's weight files.
-        ram_weights: resident model weights.
-        ram_solve: statistics and working copies of the largest group.
-        ram: the two together; activations come on top, up to ``--max-ram``.
+        ram_weights: resident weights: of blocks that run, or on their way between the files.
+        ram_solve: statistics and working copies of the largest group, and fixed buffers.
+        ram: the two together, beyond the loaded program; activations come on top, up to
+            ``--max-ram``.
         notes: what was decided, a sentence each.
     """
 
@@ -67,8 +73,8 @@ def make_plan(
     layout: Layout,
     recipe: Recipe,
     *,
-    runs_model: bool,
-    retains: bool,
+    given: Given,
+    max_ram: int | None,
     notes: Sequence[str],
 ) -> PatchPlan:
     """Plan a run.
@@ -77,22 +83,28 @@ def make_plan(
         sources: the open pair.
         layout: the output's files.
         recipe: as resolved for the data at hand.
-        runs_model: whether forward passes are made.
-        retains: whether old-task data is used.
+        given: the data at hand.
+        max_ram: memory that the run may take, in bytes; None without a limit.
         notes: what was decided so far.
     """
     layers = tuple(
         PlannedLayer(layer.target.name, layer.tensor, *layer.shape, _kept(layer.shape, recipe))
         for layer in sources.layers
     )
+    if given.samples or given.statistics is not None:
+        weights = _resident_weights(sources, recipe, given.old) if given.samples else 0
+        solve = max(_solve_bytes(sources, layer, recipe, given) for layer in layers)
+    else:
+        memory = divide_memory(sources, recipe, max_ram)
+        weights, solve = memory.ring, memory.total - memory.ring
     return PatchPlan(
         layers,
         recipe.model_dump(),
         weights=sum(layer.rows * layer.cols for layer in layers),
         kept=sum(layer.kept for layer in layers),
         disk=layout.file_bytes,
-        ram_weights=_resident_weights(sources, recipe, retains) if runs_model else BLOCK_BYTES,
-        ram_solve=max(_solve_bytes(layer, recipe, runs_model, retains) for layer in layers),
+        ram_weights=weights,
+        ram_solve=solve,
         notes=(*sources.notes, *notes),
     )
 
@@ -111,13 +123,21 @@ def _resident_weights(sources: Sources, recipe: Recipe, retains: bool) -> int:
     return largest * size * models
 
 
-def _solve_bytes(layer: PlannedLayer, recipe: Recipe, runs_model: bool, retains: bool) -> int:
-    """Working set of one layer: words of both checkpoints, fp32 copies, Grams of its inputs."""
-    matrix = layer.rows * layer.cols * _FP32
-    if not runs_model:
-        return 4 * matrix
-    square = layer.cols * layer.cols * _FP32
-    asymmetric = recipe.propagate == "asymmetric" and recipe.decorate == "exact"
-    grams = 1 + (2 if asymmetric else 0) + (3 if retains else 0)
-    factor = 2 if recipe.sensitivity in ("obs", "weight") else 0
-    return matrix * 8 + square * (grams + max(factor, 1))
+def _solve_bytes(sources: Sources, layer: PlannedLayer, recipe: Recipe, given: Given) -> int:
+    """Working set of one layer: words of both inputs, fp32 copies, matrices of its inputs' size."""
+    matrix, square = layer.rows * layer.cols, layer.cols * layer.cols * _FP32
+    words = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    if given.statistics == "diag":
+        return words + matrix * _PLAIN_BYTES + FIXED_BYTES
+    exact = recipe.decorate == "exact"
+    asymmetric = recipe.propagate == "asymmetric" and exact
+    grams = (3 if asymmetric else 1) + (3 if given.old and exact else 0)
+    scoring = _FACTORS if recipe.sensitivity in ("obs", "weight") else 0
+    solving = 1 + (1 if given.old else 0)
+    copies = _SYSTEM_BYTES if asymmetric or given.old else _PLAIN_BYTES
+    return (
+        words
+        + square * grams
+        + max(square * scoring, matrix * copies + square * solving)
+        + FIXED_BYTES
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +58,20 @@ class Report:
     def kept(self) -> int:
         """Weights whose value may differ from base."""
         return sum(linear.kept for linear in self.linears)
+
+    def note_equal(self, same: int, layers: int) -> None:
+        """Note how many of the targeted layers did not change in fine-tuning."""
+        if same:
+            self.notes.append(f"{same} of {layers} layers are equal in both: left as is")
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

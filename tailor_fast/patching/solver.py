@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -30,6 +28,9 @@ class Solver:
         targets: the layers to patch, by name.
         units: unit of each layer for scopes that span layers (``units_of``).
         report: filled in.
+
+    Attributes:
+        report: the same.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Solver:
         self._weights = weights
         self._targets = targets
         self._masks = Masks(recipe, units)
-        self._report = report
+        self.report = report
 
     @property
     def needs_scores_first(self) -> bool:
@@ -59,7 +60,7 @@ class Solver:
 
     def finish_scores(self) -> None:
         """Find each unit's threshold."""
-        with self.timed("scores"):
+        with self.report.timed("scores"):
             self._masks.observe_all(self._targets, self._weights)
 
     def solve(
@@ -81,13 +82,13 @@ class Solver:
         inputs = GroupInputs(tuple(members), new, old, weight)
         for name in members:
             target = self._targets[name]
-            with self.timed("solve"):
+            with self.report.timed("solve"):
                 pair = self._weights.pair(target)
                 patched, row = solve_layer(target, pair, inputs, self._masks, self._recipe)
-            with self.timed("install"):
+            with self.report.timed("install"):
                 self._weights.install(target, patched)
             row.note = note
-            self._report.linears.append(row)
+            self.report.linears.append(row)
 
     def preview(self, names: Iterable[str]) -> None:
         """Let the patched model run with tuned weights until these layers are solved."""
@@ -99,17 +100,7 @@ class Solver:
         for name in names:
             target = self._targets[name]
             row = left_at_base(target, self._weights.pair(target), f"left at base: {why}")
-            self._report.linears.append(row)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent to a stage of the report."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self._report.seconds[stage] = self._report.seconds.get(stage, 0.0) + spent
+            self.report.linears.append(row)
 
     def _column_weight(
         self, members: Sequence[str], new: AnyMoments | None, old: AnyMoments | None
@@ -117,17 +108,18 @@ class Solver:
         recipe = self._recipe
         if new is None or recipe.salience_weight == 1.0 or recipe.decorate == "official":
             return None
-        with self.timed("scores"):
+        with self.report.timed("scores"):
             return column_weight(recipe.sensitivity, new, old, recipe.percdamp, members[0])
 
 
-def units_of(recipe: Recipe, model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
+def units_of(recipe: Recipe, model: nn.Module | None, targets: Iterable[str]) -> dict[str, str]:
     """Unit of each layer for scopes that span layers; empty for scopes within one.
 
-    A layer outside every block is a unit of its own under scope ``layer``.
+    A layer outside every block is a unit of its own under scope ``layer``, which alone looks at the
+    model.
     """
     if recipe.scope == "global":
         return dict.fromkeys(targets, "model")
-    if recipe.scope == "layer":
+    if recipe.scope == "layer" and model is not None:
         return {name: block or name for name, block in blocks_of(model, targets).items()}
     return {}

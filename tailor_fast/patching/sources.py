@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast.checkpoint import Checkpoint, Hashed, TensorInfo, match_pair, open_checkpoint
-from tailor_fast.models import Target, build_skeleton, find_targets, map_keys
+from tailor_fast.models import Target, build_skeleton, find_targets, known_targets, map_keys
 from tailor_fast.patching.recipe import Recipe
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -19,6 +22,7 @@ _NOT_LINEAR = re.compile(
     r"(embed|wte|wpe|lm_head|norm|position|class_embedding|relative_attention)"
 )
 BLOCK_BYTES = 8 << 20
+PROBE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Sources:
     Attributes:
         base: checkpoint before fine-tuning.
         tuned: checkpoint after it.
-        keys: state-dict name -> tensor name on disk; empty where no model class is known.
+        keys: state-dict name -> tensor name on disk, for running the model; empty where no model
+            class is known, or none is run.
         layers: the layers that the recipe names, in module order.
         notes: what was decided, for the report.
     """
@@ -49,23 +54,38 @@ class Sources:
     layers: tuple[LayerOnDisk, ...]
     notes: tuple[str, ...]
 
+    @cached_property
+    def layer_tensors(self) -> frozenset[str]:
+        """Names on disk of the layers' weights."""
+        return frozenset(layer.tensor for layer in self.layers)
+
     def equal(self, name: str) -> bool:
-        """Whether tensor ``name`` has the same bytes in both, read block by block."""
-        base, tuned = self.base.checkpoint, self.tuned.checkpoint
-        size = base.tensors[name].nbytes
-        ours, theirs = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
-        for begin in range(0, size, BLOCK_BYTES):
-            end = min(size, begin + BLOCK_BYTES)
-            base.read_into(name, ours, begin, end)
-            tuned.read_into(name, theirs, begin, end)
-            if memoryview(ours)[: end - begin] != memoryview(theirs)[: end - begin]:
+        """Whether tensor ``name`` has the same bytes in both.
+
+        Tensors that differ do so near their beginning, as a rule: little is read of them.
+        """
+        size = self.base.checkpoint.tensors[name].nbytes
+        begin, step = 0, PROBE_BYTES
+        ours, theirs = (torch.empty(min(size, BLOCK_BYTES), dtype=torch.uint8) for _ in range(2))
+        while begin < size:
+            end = min(size, begin + step)
+            self.base.read_into(name, ours, begin, end)
+            self.tuned.read_into(name, theirs, begin, end)
+            if not torch.equal(ours[: end - begin], theirs[: end - begin]):
                 return False
+            begin, step = end, min(BLOCK_BYTES, 2 * step)
         return True
 
 
 @contextmanager
-def open_sources(base: Path, tuned: Path, recipe: Recipe) -> Iterator[Sources]:
+def open_sources(base: Path, tuned: Path, recipe: Recipe, *, runs_model: bool) -> Iterator[Sources]:
     """Open both checkpoints and find the layers to patch; reads headers only.
+
+    Args:
+        base: checkpoint before fine-tuning.
+        tuned: checkpoint after it.
+        recipe: which layers are wanted.
+        runs_model: whether the model itself will be needed, not only the names of its layers.
 
     Raises:
         InputError: a file is malformed, or the two do not match.
@@ -75,7 +95,7 @@ def open_sources(base: Path, tuned: Path, recipe: Recipe) -> Iterator[Sources]:
         ours = stack.enter_context(open_checkpoint(base))
         theirs = stack.enter_context(open_checkpoint(tuned))
         match_pair(ours, theirs)
-        keys, layers, notes = _layers(theirs, recipe)
+        keys, layers, notes = _layers(theirs, recipe, runs_model)
         if not layers:
             raise UsageError(
                 f"{tuned}: no layer to patch; expected a linear layer that `targets`, `layers` and"
@@ -85,8 +105,14 @@ def open_sources(base: Path, tuned: Path, recipe: Recipe) -> Iterator[Sources]:
 
 
 def _layers(
-    tuned: Checkpoint, recipe: Recipe
+    tuned: Checkpoint, recipe: Recipe, runs_model: bool
 ) -> tuple[dict[str, str], list[LayerOnDisk], tuple[str, ...]]:
+    if tuned.directory is not None and not runs_model:
+        targets = known_targets(tuned.directory, tuned.tensors)
+        if targets is not None:
+            names = {name: name for name in tuned.tensors}
+            wanted = [target for target in targets if recipe.selects(target.name)]
+            return {}, _on_disk(tuned, wanted, names), ()
     try:
         if tuned.directory is None:
             raise InputError(f"{tuned.path}: a single file has no config.json")
@@ -95,14 +121,20 @@ def _layers(
     except InputError as error:
         notes = (f"layers were found by name and shape, not from the model's class: {error}",)
         return {}, _by_name(tuned, recipe), notes
+    return keys, _on_disk(tuned, find_targets(model, recipe.selects), keys), ()
+
+
+def _on_disk(
+    tuned: Checkpoint, targets: Iterable[Target], keys: Mapping[str, str]
+) -> list[LayerOnDisk]:
     layers = []
-    for target in find_targets(model, recipe.selects):
+    for target in targets:
         info = tuned.tensors.get(keys.get(f"{target.name}.weight", ""))
         if info is not None and info.dtype in _FLOATS:
             rows, cols = reversed(info.shape) if target.transposed else info.shape
             bias = keys.get(f"{target.name}.bias")
             layers.append(LayerOnDisk(target, info.name, (rows, cols), bias))
-    return keys, layers, ()
+    return layers
 
 
 def _by_name(tuned: Checkpoint, recipe: Recipe) -> list[LayerOnDisk]:

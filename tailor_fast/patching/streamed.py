@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from tailor_fast.calibration.streamed import StreamedModel
-from tailor_fast.checkpoint import Hashed, StagedCheckpoint
+from tailor_fast.checkpoint import Hashed
 from tailor_fast.models import Target
 from tailor_fast.patching.layers import LayerPair
+from tailor_fast.patching.pipeline import Writer
 from tailor_fast.patching.sources import LayerOnDisk, Sources
 
 
@@ -19,7 +20,7 @@ class StreamedWeights:
 
     Attributes:
         sources: the open pair.
-        staged: the output; each patched weight is written as soon as it is known.
+        writer: the output; each patched weight is written as soon as it is known.
         layers: layers by module name.
         device: where layers are solved.
         patched: the model that runs with patched weights; None without propagation.
@@ -27,7 +28,7 @@ class StreamedWeights:
     """
 
     sources: Sources
-    staged: StagedCheckpoint
+    writer: Writer
     layers: dict[str, LayerOnDisk]
     device: torch.device
     patched: StreamedModel | None = None
@@ -47,7 +48,7 @@ class StreamedWeights:
         """Write ``weight`` ``[rows, cols]`` to the output; the patched model runs with it."""
         layer = self.layers[target.name]
         stored = weight.T.contiguous() if target.transposed else weight
-        self.staged.write(layer.tensor, 0, stored.cpu())
+        self.writer.put(layer.tensor, stored.cpu())
         self.written.add(layer.tensor)
         self._set(target, stored)
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
 import tailor_fast.checkpoint as package
@@ -67,3 +68,15 @@ def test_sentences_stay_printable() -> None:
     assert len(text) < 200
     assert text.startswith("/a\\\\xff\\n: tensor 't\\nt\\n")
     assert text.endswith(": is wrong")
+
+
+def test_a_long_text_is_cut_before_it_is_escaped() -> None:
+    """Escaped whole, a character that cannot be printed takes ten times its place."""
+    long = "\U0001f600\0" * 10**6
+    tracemalloc.start()
+    shown = errors.quoted(long)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shown.startswith("'\\U0001f600\\x00")
+    assert len(shown) < 100
+    assert peak < 100_000

@@ -142,6 +142,9 @@ def test_refused_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailor_fast.checkpoint.plan.MAX_HEADER_BYTES", 100)
     with pytest.raises(ValueError, match=r"may have 100 bytes, this one has 4088. Hint: a smaller"):
         plan_layout([])
+    monkeypatch.setattr("tailor_fast.checkpoint.plan.MAX_METADATA_BYTES", 30)
+    with pytest.raises(ValueError, match=r"metadata may have 30 bytes, these have 33. Hint: leave"):
+        plan_layout([], metadata={"k": "12345678"})
 
 
 @pytest.mark.parametrize(

@@ -129,3 +129,8 @@ def test_no_global_state_of_matplotlib_is_touched() -> None:
     )
     body = json.dumps(report(blocks(1)))
     subprocess.run([sys.executable, "-c", script], input=body, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", ["a$\\frac{$.$\\nothing$", "$x$.$y$", "_hidden.$", "{}%s.\\"])
+def test_a_name_is_no_formula(name: str) -> None:
+    assert draw_report(report([f"{name}.0.q_proj", name])).startswith(b"\x89PNG")

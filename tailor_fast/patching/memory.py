@@ -1,0 +1,114 @@
+"""How the memory of a run without data is divided: a ring, and what one part of a layer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tailor_fast.patching.pipeline import Part, Side
+from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.ring import aligned
+from tailor_fast.patching.sources import LayerOnDisk, Sources
+
+# The ring has room for four layers, so that reading and writing go on while two are solved. Less of
+# it stays in the caches better, and fresh memory costs time; more would not help.
+LEAST_RING_BYTES, RING_BYTES = 192 << 20, 768 << 20
+_LAYERS = 4
+COPY_BYTES = 8 << 20  # most of a tensor that is copied in one part
+SOLVERS = 2  # layers that are solved side by side
+_PARTS = 8  # that the ring holds at least of a layer that streams through it
+# What select takes per element beside the pair: the mask, and candidates of its threshold.
+_SELECT_BYTES = 1.25
+# Digests, headers, stacks of threads, pieces in flight, scratch, the picture.
+FIXED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory beyond the loaded program, in bytes.
+
+    Attributes:
+        ring: for what is on its way between the files.
+        beside: for solving the largest part of a layer.
+    """
+
+    ring: int
+    beside: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.ring + self.beside + FIXED_BYTES
+
+
+def divide_memory(sources: Sources, recipe: Recipe, limit: int | None) -> Memory:
+    """Choose the largest ring that ``limit`` allows, if it can hold what one layer needs."""
+    layers = sources.layers
+    least = max(_least_ring(sources, layer, recipe) for layer in layers)
+    whole = sum(2 * aligned(info.nbytes) for info in sources.tuned.checkpoint.tensors.values())
+    wanted = max(LEAST_RING_BYTES, _LAYERS * max(_pair_bytes(sources, layer) for layer in layers))
+    ring = max(least, min(RING_BYTES, wanted, whole))
+    while True:
+        memory = Memory(ring, max(_beside(sources, layer, ring) for layer in layers))
+        if limit is None or memory.total <= limit or ring == least:
+            return memory
+        ring = max(least, aligned(ring * 7 // 8))
+
+
+def parts_of(sources: Sources, layer: LayerOnDisk, ring: int) -> Iterator[Part]:
+    """Cut a layer into parts of whole rows: one, if both inputs fit into the ring."""
+    nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    step = _rows_at_once(sources, layer, ring) * (nbytes // max(1, layer.shape[0]))
+    for begin in range(0, nbytes, max(1, step)):
+        yield Part(layer.tensor, begin, min(nbytes, begin + step))
+
+
+def copy_parts(sources: Sources, name: str, recipe: Recipe) -> Iterator[Part]:
+    """Cut a tensor that is copied from the input that ``recipe`` says; a layer from base."""
+    layers = sources.layer_tensors
+    side: Side = "base" if recipe.untouched == "base" or name in layers else "tuned"
+    nbytes = sources.tuned.checkpoint.tensors[name].nbytes
+    for begin in range(0, nbytes, COPY_BYTES):
+        yield Part(name, begin, min(nbytes, begin + COPY_BYTES), (side,))
+
+
+def is_cut(sources: Sources, layer: LayerOnDisk, ring: int) -> bool:
+    """Whether a layer is worked on some rows at a time, because the ring does not hold it."""
+    return _rows_at_once(sources, layer, ring) < layer.shape[0]
+
+
+def _streams(layer: LayerOnDisk, recipe: Recipe) -> bool:
+    """Whether the mask of some rows can be found without the others in memory."""
+    if layer.target.transposed:  # rows are columns on disk
+        return False
+    if recipe.scope in ("layer", "global"):
+        return recipe.normalize != "tensor"
+    return recipe.scope != "block"
+
+
+def _pair_bytes(sources: Sources, layer: LayerOnDisk) -> int:
+    return 2 * aligned(sources.tuned.checkpoint.tensors[layer.tensor].nbytes)
+
+
+def _least_ring(sources: Sources, layer: LayerOnDisk, recipe: Recipe) -> int:
+    nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    if not _streams(layer, recipe):
+        return _pair_bytes(sources, layer)
+    return 2 * _PARTS * max(aligned(nbytes // max(1, layer.shape[0])), COPY_BYTES // _PARTS)
+
+
+def _beside(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
+    rows, cols = layer.shape
+    if layer.target.transposed:
+        copies = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    else:
+        copies, rows = 0, _rows_at_once(sources, layer, ring)
+    return SOLVERS * (copies + int(rows * cols * _SELECT_BYTES))
+
+
+def _rows_at_once(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
+    nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    rows = layer.shape[0]
+    if 2 * aligned(nbytes) <= ring:
+        return rows
+    return max(1, ring // (2 * _PARTS) // (nbytes // rows))

@@ -1,0 +1,89 @@
+"""``plan`` says how much memory a run takes: measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.pairs import Shape, write_pair
+from tailor_fast.calibration.options import RunOptions
+from tailor_fast.patching.checkpoints import plan_patch
+from tests.models.processors import text_tokenizer
+from tests.patching.disk import write_texts
+
+MIB = 1 << 20
+# A first run, of a tiny pair, loads whatever a run loads; the second is measured from there.
+SCRIPT = """
+import gc, json, re, sys
+from pathlib import Path
+from tailor_fast.calibration.options import RunOptions
+from tailor_fast.patching.checkpoints import patch_checkpoint
+def kib(field):
+    return int(re.search(field + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+options = RunOptions(**json.loads(sys.argv[1]))
+for folder in map(Path, sys.argv[2:]):
+    gc.collect()
+    before = kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    data = folder / "new.jsonl"
+    patch_checkpoint(
+        folder / "base",
+        folder / "tuned",
+        folder / "out",
+        calibration=data if data.exists() else None,
+        options=options,
+    )
+print((kib("VmHWM") - before) * 1024)
+"""
+TINY = Shape(2, 64, 128, 4, 4, 10**8, vocabulary=1000)
+
+
+def make(folder: Path, shape: Shape, *, samples: bool) -> Path:
+    folder.mkdir()
+    for path in write_pair(folder, shape):
+        text_tokenizer().save_pretrained(path)
+    if samples:
+        write_texts(folder / "new.jsonl", count=8)
+    return folder
+
+
+def measured(folders: list[Path], options: dict[str, Any]) -> int:
+    """Peak of the last run in bytes, above what was resident before it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(options), *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "clear_refs" in done.stderr:
+        pytest.skip("the system does not let a process reset its peak")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_without_data(tmp_path: Path) -> None:
+    tiny = make(tmp_path / "tiny", TINY, samples=False)
+    pair = make(
+        tmp_path / "pair", Shape(5, 1024, 2816, 16, 16, 10**9, vocabulary=8000), samples=False
+    )
+    options = {"max_ram": 128 * MIB}
+    plan = plan_patch(pair / "base", pair / "tuned", tmp_path / "x", options=RunOptions(**options))
+    assert plan.ram <= 128 * MIB
+    used = measured([tiny, pair], options)
+    assert used <= 128 * MIB
+    assert 0.85 * used <= plan.ram <= 1.15 * used, (plan.ram / MIB, used / MIB)
+
+
+def test_with_samples(tmp_path: Path) -> None:
+    tiny = make(tmp_path / "tiny", TINY, samples=True)
+    pair = make(
+        tmp_path / "pair", Shape(2, 1024, 2816, 16, 16, 10**9, vocabulary=1000), samples=True
+    )
+    plan = plan_patch(pair / "base", pair / "tuned", tmp_path / "x", calibration=pair / "new.jsonl")
+    used = measured([tiny, pair], {})
+    assert 0.85 * used <= plan.ram <= 1.15 * used, (plan.ram / MIB, used / MIB)
