@@ -10,7 +10,8 @@ from tailor_fast.ops import OPS, backends
 def test_every_op_has_its_backends_in_order() -> None:
     table = backends()
     assert tuple(table) == OPS
-    assert list(table["codec"]["cpu"]) == ["native", "reference"]
+    assert list(table["codec"]["cpu"]) == ["native", "reference", "triton"]
+    assert list(table["codec"]["cuda"]) == ["triton", "reference"]
     for devices in table.values():
         assert list(devices) == ["cpu", "cuda"]
         assert devices["cpu"]["reference"] is None

@@ -6,7 +6,7 @@ from tailor_fast._core.backend import Order, implementation
 from tailor_fast._core.library import register
 from tailor_fast.ops.codec.layout import WORD_DTYPES, block_count, mask_bytes
 
-ORDER: Order = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+ORDER: Order = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
 
 _Encoded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

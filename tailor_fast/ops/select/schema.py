@@ -6,7 +6,7 @@ from tailor_fast._core.backend import Order, implementation
 from tailor_fast._core.library import register
 from tailor_fast.ops.select.options import Scoring, check_column_weight, ranking_normalize
 
-ORDER: Order = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+ORDER: Order = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
 
 
 def _topk_mask(scores: torch.Tensor, k: int, backend: str) -> torch.Tensor:

@@ -11,19 +11,45 @@ from tests.ops.codec.words import DTYPES, random_pair, raw
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("size", [0, 65, BLOCK + 1])
+@pytest.mark.parametrize("size", [0, 65, BLOCK, 5 * BLOCK + 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bytes_as_on_the_cpu(dtype: torch.dtype, size: int, density: float) -> None:
+def test_same_bytes_as_on_the_cpu(
+    dtype: torch.dtype, size: int, density: float, backend: str
+) -> None:
     base, tuned = random_pair((size,), dtype, density)
     expected = encode_patch(base, tuned)
     target = base.cuda()
-    patch = encode_patch(target, tuned.cuda())
+    patch = encode_patch(target, tuned.cuda(), backend=backend)
     for ours, theirs in zip(patch, expected, strict=True):
         assert ours.is_cuda
         assert torch.equal(ours.cpu(), theirs)
-    assert torch.equal(raw(apply_patch_(target, patch)).cpu(), raw(tuned))
-    assert torch.equal(raw(apply_patch_(target, patch)).cpu(), raw(base))
+    assert torch.equal(raw(apply_patch_(target, patch, backend=backend)).cpu(), raw(tuned))
+    assert torch.equal(raw(apply_patch_(target, patch, backend=backend)).cpu(), raw(base))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_mask_limits_the_patch(backend: str) -> None:
+    base, tuned = random_pair((BLOCK + 999,), torch.bfloat16, 0.6)
+    mask = torch.rand(base.shape) < 0.3
+    expected = encode_patch(base, tuned, mask)
+    patch = encode_patch(base.cuda(), tuned.cuda(), mask.cuda(), backend=backend)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(patch, expected, strict=True))
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    size = 2**32 + 77
+    if torch.cuda.mem_get_info()[0] < 3 * size:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    whole = torch.zeros(size + 1, dtype=torch.int8, device="cuda")
+    whole[[BLOCK, 2**32, size]] = 5
+    base, tuned = whole[:-1], whole[1:]
+    patch = encode_patch(base, tuned, backend="triton")
+    assert patch.words.tolist() == [5] * 5
+    apply_patch_(base, patch, backend="triton")
+    where = [BLOCK - 1, BLOCK, 2**32 - 1, 2**32, size - 1]
+    assert base[where].tolist() == [5, 0, 5, 0, 5]
 
 
 def test_patch_on_another_device_is_refused() -> None:
