@@ -13,7 +13,12 @@ from tailor_fast._core.errors import UsageError
 from tailor_fast.checkpoint import HashName, TensorSpec, byte_size, checkpoint_root
 from tailor_fast.checkpoint.dtypes import item_bits
 from tailor_fast.checkpoint.hashing import new_hash
-from tailor_fast.checkpoint.header import MAX_HEADER_BYTES, METADATA_KEY, PREFIX_BYTES
+from tailor_fast.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    MAX_METADATA_BYTES,
+    METADATA_KEY,
+    PREFIX_BYTES,
+)
 from tailor_fast.ops.codec.layout import block_count, mask_bytes
 
 FORMAT = "tailor-patch/1"
@@ -149,10 +154,16 @@ def reserved_bytes(plan: PatchPlan) -> int:
         UsageError: more tensors than the header of a file can name.
     """
     every = (_all_changed(entry, plan.digest) for entry in plan.entries)
-    size = PREFIX_BYTES + len(_header_text(replace(plan, entries=tuple(every))))
+    longest = replace(plan, entries=tuple(every))
+    size = PREFIX_BYTES + len(_header_text(longest))
     size += -size % _ALIGNMENT
     if size - PREFIX_BYTES > MAX_HEADER_BYTES:
         limit = f"a header of {MAX_HEADER_BYTES} bytes cannot name {len(plan.entries)} tensors"
+        raise UsageError(f"{limit}; expected a checkpoint with fewer")
+    if len(json.dumps(plan_text(longest)).encode()) > MAX_METADATA_BYTES - _ALIGNMENT:
+        limit = (
+            f"metadata of {MAX_METADATA_BYTES} bytes cannot describe {len(plan.entries)} tensors"
+        )
         raise UsageError(f"{limit}; expected a checkpoint with fewer")
     return size
 

@@ -193,6 +193,10 @@ def test_more_tensors_than_a_header_can_name(made: Made, monkeypatch: pytest.Mon
     monkeypatch.setattr(layout, "MAX_HEADER_BYTES", 4000)
     with pytest.raises(UsageError, match="a header of 4000 bytes cannot name 9 tensors"):
         diff_checkpoints(base, target, patch.parent / "q.safetensors")
+    monkeypatch.undo()
+    monkeypatch.setattr(layout, "MAX_METADATA_BYTES", 5000)
+    with pytest.raises(UsageError, match="metadata of 5000 bytes cannot describe 9 tensors"):
+        diff_checkpoints(base, target, patch.parent / "q.safetensors")
     assert names_in(patch.parent) == before
 
 

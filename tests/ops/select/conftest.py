@@ -15,7 +15,7 @@ from tailor_fast.ops.select.schema import ORDER
 from tests.backends import NATIVE
 
 # These name the implementation that they call.
-ONE_BACKEND = ("test_scores", "test_native", "test_triton", "test_select_gpu")
+ONE_BACKEND = ("test_scores", "test_native", "test_triton", "test_triton_ptx", "test_select_gpu")
 
 
 def instruction_sets() -> list[str]:

@@ -33,8 +33,8 @@ SAMPLE = tl.constexpr(8192)
 MARGIN = tl.constexpr(5.0)
 SLACK = tl.constexpr(2.0)
 
-# 32 keys a thread, which need up to 234 registers beside the loads; 16 in twice the warps spill. One
-# program per unit of scope: the 32 steps of the bisection are bound by latency, not by work.
+# 32 keys a thread, which need up to 234 registers beside the loads; 16 in twice the warps spill.
+# One program per unit of scope: the 32 steps of the bisection are bound by latency, not by work.
 BRACKET_LAUNCH = Launch(num_warps=8, enable_fp_fusion=False)
 # 32 elements a thread: 154 to 201 registers, no spills, and of a fold's sums only the last levels
 # leave the thread. 5 or 6 programs on an SM keep 40 to 48 KiB of loads in flight; programs of twice
