@@ -147,7 +147,7 @@ def select_mask(
     threads: int,
     stream_from: int,
     budget_part: int,
-    bracket: tuple[float, float] | None,
+    bracket: tuple[float, int, float, int] | None,
 ) -> tuple[_Fault, int, int]: ...
 def select_count(
     pair: _Pair,

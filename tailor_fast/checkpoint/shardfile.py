@@ -6,7 +6,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 
-import numpy as np
+import torch
 
 from tailor_fast.checkpoint.errors import IncompleteError, NoSpaceError, TransferError, quoted
 from tailor_fast.checkpoint.files import DISK_FULL, output_error, read_exact, write_exact
@@ -129,7 +129,7 @@ class _PastCache:
     def write(self, view: memoryview, offset: int) -> int:
         """Write as many bytes from the start of ``view`` as can be; returns their number."""
         count = len(view) // _PAGE * _PAGE
-        if offset % _PAGE or not count or _address(view) % _PAGE:
+        if offset % _PAGE or not count or view.readonly or _address(view) % _PAGE:
             return 0
         fd = self._opened()
         if fd < 0:
@@ -162,8 +162,7 @@ class _PastCache:
 
 
 def _address(view: memoryview) -> int:
-    address: int = np.frombuffer(view, np.uint8).ctypes.data
-    return address
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr()
 
 
 class ShardFile:

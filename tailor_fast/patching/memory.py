@@ -37,8 +37,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.ring + self.beside + FIXED_BYTES
+        """All of it but the fixed buffers."""
+        return self.ring + self.beside
 
 
 def divide_memory(sources: Sources, recipe: Recipe, limit: int | None) -> Memory:

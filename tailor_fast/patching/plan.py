@@ -16,9 +16,13 @@ from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.sources import Sources
 
 _FP32 = 4
-_PLAIN_BYTES = 24
-_SYSTEM_BYTES = 48
-_FACTORS = 3
+# Measured on layers of several shapes: bytes per weight at the peak, beside words and Grams, of a
+# layer that is solved from one Gram; of one whose right-hand side is formed, in float64 for a
+# moment; more of it with retention; and matrices of the Gram's size while scores are prepared.
+_PLAIN_BYTES = 40
+_SYSTEM_BYTES = 77
+_RETAIN_BYTES = 16
+_FACTORS = 4
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class PatchPlan:
         kept: most of them that may differ from base.
         disk: size of the output's weight files.
         ram_weights: resident weights: of blocks that run, or on their way between the files.
-        ram_solve: statistics and working copies of the largest group, and fixed buffers.
-        ram: the two together, beyond the loaded program; activations come on top, up to
-            ``--max-ram``.
+        ram_solve: statistics and working copies of the largest group.
+        ram: the two together; activations come on top, up to ``--max-ram``.
+        ram_peak: with fixed buffers.
         notes: what was decided, a sentence each.
     """
 
@@ -60,8 +64,13 @@ class PatchPlan:
 
     @property
     def ram(self) -> int:
-        """Memory that does not depend on the data."""
+        """Memory that does not depend on the data: what counts against ``--max-ram``."""
         return self.ram_weights + self.ram_solve
+
+    @property
+    def ram_peak(self) -> int:
+        """The same with fixed buffers: the most that is resident beyond the loaded program."""
+        return self.ram + FIXED_BYTES
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -96,7 +105,7 @@ def make_plan(
         solve = max(_solve_bytes(sources, layer, recipe, given) for layer in layers)
     else:
         memory = divide_memory(sources, recipe, max_ram)
-        weights, solve = memory.ring, memory.total - memory.ring
+        weights, solve = memory.ring, memory.beside
     return PatchPlan(
         layers,
         recipe.model_dump(),
@@ -128,16 +137,13 @@ def _solve_bytes(sources: Sources, layer: PlannedLayer, recipe: Recipe, given: G
     matrix, square = layer.rows * layer.cols, layer.cols * layer.cols * _FP32
     words = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes
     if given.statistics == "diag":
-        return words + matrix * _PLAIN_BYTES + FIXED_BYTES
+        return words + matrix * _PLAIN_BYTES
     exact = recipe.decorate == "exact"
-    asymmetric = recipe.propagate == "asymmetric" and exact
-    grams = (3 if asymmetric else 1) + (3 if given.old and exact else 0)
-    scoring = _FACTORS if recipe.sensitivity in ("obs", "weight") else 0
-    solving = 1 + (1 if given.old else 0)
-    copies = _SYSTEM_BYTES if asymmetric or given.old else _PLAIN_BYTES
-    return (
-        words
-        + square * grams
-        + max(square * scoring, matrix * copies + square * solving)
-        + FIXED_BYTES
-    )
+    paired = recipe.propagate == "asymmetric" and exact
+    grams = (3 if paired else 1) + (3 if given.old and exact else 0)
+    if grams == 1:
+        scoring = _FACTORS if recipe.sensitivity in ("obs", "weight") else 0
+        solving = matrix * _PLAIN_BYTES + square
+        return words + square + max(square * scoring, solving)
+    copies = _SYSTEM_BYTES + (_RETAIN_BYTES if given.old else 0)
+    return words + matrix * copies + square * grams

@@ -15,19 +15,21 @@ from tempfile import TemporaryDirectory
 from types import FunctionType
 
 from tailor_fast.checkpoint import foreign, header, index, reader, strict_json
+from tailor_fast.checkpoint.index import INDEX_NAME
 from tests.checkpoint.hostile.mutants import INDEX_SEEDS, SEEDS
-from tests.checkpoint.hostile.oracle import judge_file, judge_index
+from tests.checkpoint.hostile.oracle import judge_file, judge_index, memory_file
 
 SHARDS = ("a.safetensors", "b.safetensors")
 
 
 class Target:
-    """Judges one input after the other in a folder of its own."""
+    """Judges one input after the other: files in ``file``, indexes in ``folder``."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "m.safetensors"
+    def __init__(self, folder: Path, file: Path) -> None:
+        self._file = file
         self._directory = folder / "sharded"
         self._directory.mkdir()
+        (self._directory / INDEX_NAME).symlink_to(file)
         for name in SHARDS:  # an index is accepted only where its files are
             (self._directory / name).touch()
 
@@ -52,8 +54,8 @@ def main() -> None:
                 for function in [value, *vars(value).values()]:
                     if isinstance(function, FunctionType):
                         atheris.instrument_func(function)
-    with TemporaryDirectory() as folder:
-        target = Target(Path(folder))
+    with TemporaryDirectory() as folder, memory_file() as file:
+        target = Target(Path(folder), file)
         atheris.Setup(sys.argv, lambda data: target(data) and None)
         atheris.Fuzz()
 

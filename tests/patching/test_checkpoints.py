@@ -106,7 +106,7 @@ def test_llava_from_disk_equals_llava_in_memory_and_loads(tmp_path: Path) -> Non
 
 
 def test_half_the_models_size_gives_the_same_bytes(tmp_path: Path) -> None:
-    base, tuned = llama_pair(tmp_path, blocks=16, width=16)
+    base, tuned = llama_pair(tmp_path, blocks=20, width=16)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     data = {
         "calibration": write_texts(tmp_path / "new.jsonl", count=48),

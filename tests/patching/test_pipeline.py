@@ -90,7 +90,7 @@ def test_every_byte_is_read_once_and_written_once(
             for side, source in (("base", base), ("tuned", tuned)):
                 if side in part.sides:
                     expected = source[part.name][part.begin : part.end].numpy().tobytes()
-                    assert bytes(loaded.view(side)) == expected  # type: ignore[arg-type]
+                    assert bytes(loaded.view(side)) == expected
             pipeline.write(loaded, "base")
         writer.drain()
         assert seen == parts(step)

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 from tests.checkpoint.fuzz_header import Target
 from tests.checkpoint.hostile.mutants import INDEX_SEEDS, SEEDS, mutants
-from tests.checkpoint.hostile.oracle import BOTH
+from tests.checkpoint.hostile.oracle import BOTH, memory_file
 
 COUNT = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 
-with TemporaryDirectory() as folder:
-    target = Target(Path(folder))
+with TemporaryDirectory() as folder, memory_file() as file:
+    target = Target(Path(folder), file)
     for kind, seeds in (("files", SEEDS), ("indexes", INDEX_SEEDS)):
         count = COUNT if kind == "files" else COUNT // 10
         found = Counter(target(blob) for blob in mutants(count, seeds))

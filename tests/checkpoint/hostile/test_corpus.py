@@ -20,7 +20,7 @@ from tests.checkpoint.hostile.legal import LEGAL, Legal
 
 CASES = [*framing.CASES, *text.CASES, *names.CASES, *tensors.CASES, *sharded.CASES]
 MOST_SECONDS = 2.0  # of processor time, so that a busy machine fails no test
-MOST_BYTES = 200_000_000
+MOST_BYTES = 150_000_000
 SOME = [case for case in CASES if case.name in {
     *("empty file", "git-lfs pointer", "claims 100 GB", "deep objects", "zip of torch.save"),
     *("name with a terminal command", "dtype 'F128'", "shape [-2]", "index is a list"),
@@ -159,7 +159,8 @@ def test_names_never_become_paths(folder: Path, worker: Worker) -> None:
 def test_on_the_command_line(command: str, case: Case, folder: Path, worker: Worker) -> None:
     hostile = case.write(folder / "hostile")
     out = folder / "work" / ("out.tailor.safetensors" if command == "diff" else "out")
-    for base, tuned in pairs(folder, hostile):
+    both = pairs(folder, hostile)
+    for base, tuned in both if command == "patch" else both[:1]:
         ran = worker("command", command, base, tuned, "-o", out)
         assert ran["exit_code"] == case.exit_code, ran["message"]
         assert ran["message"].startswith("tailor-fast: error: ")

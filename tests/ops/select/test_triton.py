@@ -1,4 +1,4 @@
-"""The Triton backend against the reference, bit for bit. Without a GPU its kernels are interpreted."""
+"""The Triton backend against the reference, bit for bit; interpreted where there is no GPU."""
 
 import itertools
 import mmap
