@@ -31,13 +31,15 @@ triton36: $(STAMP)
 	  && touch $(TRITON36)/.installed; \
 	} || echo "triton 3.6.0 could not be installed: tests that need it are skipped"
 
-# One thread: the tests are many small problems, on which a second thread only spins.
+# Two processes of one thread each: the tests are many small problems, on which a second thread only
+# spins. A file's tests stay together, and so do its fixtures.
+JOBS ?= 2
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) triton36
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 # The native kernels under AddressSanitizer and UBSan, in a copy of the tree. Python's own memory is
 # not of interest, so leaks are not looked for; capture stays off file descriptors, or the sanitizer's
