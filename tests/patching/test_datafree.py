@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.solving import keep_, write_patch
 from tailor_fast.patching.tailor import tailor_model
 from tests.models.processors import WORDS, text_tokenizer
-from tests.patching.disk import llama_pair, moved, save_pair
+from tests.patching.disk import llama, llama_pair, moved, save_pair
 from tests.patching.test_checkpoints import words
 
 OPTIONS = RunOptions(max_shard_bytes=200_000)
@@ -86,6 +87,21 @@ def test_layers_that_stream_through_the_ring_get_the_same_words(
     base, tuned = llama_pair(tmp_path, blocks=2, width=64)
     recipe = Recipe(scope=scope, normalize=normalize, density=0.07, untouched="tuned")
     check_against_memory(base, tuned, tmp_path / "out", recipe)
+
+
+@pytest.mark.usefixtures("small_ring")
+@pytest.mark.parametrize("scope", ["tensor", "row", "global"])
+def test_equal_scores_are_kept_in_order_across_the_parts(scope: Any, tmp_path: Path) -> None:
+    base = llama(blocks=1, width=64)
+    tuned = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for before, after in zip(base.parameters(), tuned.parameters(), strict=True):
+            before.copy_((8 * before).round() / 8)
+            step = torch.randint(-1, 2, before.shape, generator=generator)
+            after.copy_(before + step / 8)
+    paths = save_pair(tmp_path, base, tuned, text_tokenizer())
+    check_against_memory(*paths, tmp_path / "out", Recipe(scope=scope, normalize="none"))
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])

@@ -1,0 +1,157 @@
+"""``python -m benchmarks.performance`` writes ``docs/performance.md`` from the results."""
+
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.results import CPU, ROOT
+
+PAGE = ROOT.parent / "docs" / "performance.md"
+Cell = Callable[[Mapping[str, str]], str]
+
+_HEAD = """# Performance
+
+Written by `python -m benchmarks.performance` from the tables in `benchmarks/results`, which the
+commands below made. Every figure is a median of interleaved rounds in one run on one machine, after
+a check that the answer is right; these machines are shared, so compare ratios, and only within a
+table. What misses its bar is shown missing it.
+
+No GPU figure exists yet. The Triton kernels pass under the interpreter and compile for sm_80 and
+sm_90 without spills; `benchmarks/gpu.sh` measures them on a card.
+
+On your machine: `tailor-fast bench`.
+"""
+
+
+class Table(NamedTuple):
+    """One table of the page.
+
+    Attributes:
+        file: in ``results/cpu``.
+        title: its heading.
+        text: what it shows, and by which command.
+        columns: heading and content of each column.
+    """
+
+    file: str
+    title: str
+    text: str
+    columns: Mapping[str, Cell]
+
+
+def _plain(name: str) -> Cell:
+    return lambda row: row[name]
+
+
+def _seconds(row: Mapping[str, str]) -> str:
+    value = float(row["seconds"])
+    if value == 0:
+        return ""
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _number(name: str, unit: str = "", digits: int = 3) -> Cell:
+    def cell(row: Mapping[str, str]) -> str:
+        text = row[name]
+        return "" if text in ("", "nan") else f"{float(text):.{digits}g}{unit}"
+
+    return cell
+
+
+_NUMBERS = ("time", "ratio", "bar", "GB/s", "peak MiB", "share of the probe")
+_OP: Mapping[str, Cell] = {
+    "work": _plain("work"),
+    "shape": _plain("shape"),
+    "by": _plain("provider"),
+    "time": _seconds,
+    "ratio": _number("ratio"),
+    "bar": _number("floor"),
+}
+TABLES = (
+    Table(
+        "decorate.csv",
+        "Decorating one layer",
+        "90% reverted, Gram given; the ratio is to the authors' algorithm in eager torch, that of"
+        " `exact skewed` to the even case. `python -m benchmarks.cpu_decorate`",
+        _OP,
+    ),
+    Table(
+        "gram.csv",
+        "Grams",
+        "The ratio is to `x.float().T @ x.float()` added in place; for the diagonal it is the share"
+        " of a read of the same bytes. `python -m benchmarks.cpu_gram`",
+        _OP,
+    ),
+    Table(
+        "select.csv",
+        "Selecting a patch",
+        "45 million pairs, one unit of scope. `reused` writes into a mask whose pages exist"
+        " already. Bars: 0.60 of the probe by salience, 0.25 fused (`row_block`). `python -m"
+        " benchmarks.cpu_select`",
+        {
+            "way": lambda row: row["way"].replace("_", " "),
+            "shape": _plain("shape"),
+            "time": _seconds,
+            "GB/s": _number("gb_per_s"),
+            "share of the probe": _number("share_of_probe"),
+        },
+    ),
+    Table(
+        "disk.csv",
+        "From disk to disk",
+        "Patching without data at density 0.1 by the command line, start of the program included."
+        " `python -m benchmarks.cpu_disk DIR`",
+        {
+            "size": _plain("size"),
+            "inputs": _plain("inputs"),
+            "work": _plain("work"),
+            "time": _seconds,
+            "peak MiB": _number("peak_mib", digits=4),
+            "ratio": _number("ratio"),
+            "bar": _plain("bar"),
+        },
+    ),
+    Table(
+        "patchfile.csv",
+        "Patch files",
+        "Caches dropped, output made durable; the ratio is to `dd` of the same bytes. `python -m"
+        " benchmarks.cpu_patchfile`",
+        _OP,
+    ),
+    Table(
+        "batch.csv",
+        "Many models",
+        "Eight models on one base, without data, by one `batch` and by eight programs. `python -m"
+        " benchmarks.cpu_batch DIR`",
+        _OP,
+    ),
+)
+
+
+def render(folder: Path = CPU) -> str:
+    """The whole page; a table that was not made yet is left out."""
+    parts = [_HEAD, "## On the CPU\n"]
+    for table in TABLES:
+        path = folder / table.file
+        if path.is_file():
+            parts.append(_section(table, path))
+    return "\n".join(parts)
+
+
+def _section(table: Table, path: Path) -> str:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = [[cell(row).replace("|", "\\|") for cell in table.columns.values()] for row in rows]
+    marks = [
+        "---:" if name in ("time", "ratio", "GB/s", "peak MiB") else "---" for name in table.columns
+    ]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in (list(table.columns), marks, *lines))
+    last = rows[-1]
+    where = f"{last['machine']}, {last['threads']} threads, torch {last['torch']}"
+    made = f"Commit {last['commit']}, {last['date'][:10]}; {where}."
+    return f"### {table.title}\n\n{table.text}.\n\n{body}\n\n{made}\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
