@@ -18,6 +18,7 @@ from tailor_fast.checkpoint import (
     build_manifest,
     input_record,
     model_card,
+    model_name,
     read_license,
 )
 from tailor_fast.patching.job import Job, PathLike, Request
@@ -152,7 +153,7 @@ def _finish(
     kept = {row.tensor: (row.kept, row.rows * row.cols) for row in job.report.linears}
     card = model_card(
         title=staged.out.name,
-        base_models=[str(name) for name in names],
+        base_models=[model_name(name) for name in names],
         recipe=job.recipe.model_dump(),
         kept=kept,
         license=None if tuned.directory is None else read_license(tuned.directory),

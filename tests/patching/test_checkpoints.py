@@ -154,7 +154,9 @@ def test_report_picture_card_and_manifest_are_written(tmp_path: Path) -> None:
     report = json.loads((out / "tailor_report.json").read_text())
     assert report["kept"] == sum(row["kept"] for row in report["linears"])
     assert (out / "tailor_report.png").read_bytes().startswith(b"\x89PNG")
-    assert "base_model" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert 'base_model:\n- "base"\n- "tuned"\n' in card
+    assert str(tmp_path) not in card
     manifest = json.loads((out / "tailor_manifest.json").read_text())
     assert {"inputs", "output", "recipe", "versions"} <= set(manifest)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
