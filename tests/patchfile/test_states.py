@@ -1,6 +1,7 @@
 """Base, target or neither: the digest of every tensor decides, and a refusal leaves nothing."""
 
 import json
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -217,9 +218,11 @@ def test_an_input_that_changes_meanwhile(
     folder = patch.parent
     real = Checkpoint.check_unchanged
 
+    times = itertools.count(1)  # the second run must find another change
+
     def touched(checkpoint: Checkpoint) -> None:
         if checkpoint.path == made[victim]:
-            os.utime(checkpoint.shards[0].path, ns=(1, 1))
+            os.utime(checkpoint.shards[0].path, ns=(1, next(times)))
         real(checkpoint)
 
     before = names_in(folder)
