@@ -1,7 +1,7 @@
 """Base, target or neither: the digest of every tensor decides, and a refusal leaves nothing."""
 
-import json
 import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
