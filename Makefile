@@ -18,9 +18,11 @@ help:
 
 setup: $(STAMP)
 
+# A torch for CUDA brings the triton that it was built for; one for the CPU brings none.
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs]'
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check triton==3.8.0
 	touch $(STAMP)
 
 # The oldest triton that is supported, in a folder of its own: the compile tests put it on their path
