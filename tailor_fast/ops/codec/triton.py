@@ -48,21 +48,30 @@ def _bits_set(byte):
 
 
 @triton.jit
-def _load(ptr, place, size, whole):
+def _load(ptr, place, left):
     # Masks that end anywhere make loads scalar: only the last tile has one.
-    if whole:  # noqa: SIM108  a branch of the program, not a choice between two loads
+    if left >= TILE:  # noqa: SIM108  a branch of the program, not a choice between two loads
         x = tl.load(ptr + place)
     else:
-        x = tl.load(ptr + place, mask=place < size, other=0)
+        x = tl.load(ptr + place, mask=place < left, other=0)
     return x
 
 
 @triton.jit
-def _places(tile):
-    """Elements of a tile, int64 ``[256, 8]``, and its mask bytes ``[256]``."""
-    start = tile.to(tl.int64)
+def _places(tile, size):
+    """First element of a tile (int64) and of the mask's bytes, and how many elements are left.
+
+    What follows counts from there in int32: 64-bit offsets would take twice the registers.
+    """
+    start = tile.to(tl.int64) * TILE
+    return start, tile.to(tl.int64) * BYTES, tl.minimum(size - start, TILE).to(tl.int32)
+
+
+@triton.jit
+def _local():
+    """Elements within a tile, int32 ``[256, 8]``, and mask bytes ``[256]``."""
     byte = tl.arange(0, BYTES)
-    return start * TILE + (byte[:, None] * 8 + tl.arange(0, 8)[None, :]), start * BYTES + byte
+    return byte[:, None] * 8 + tl.arange(0, 8)[None, :], byte
 
 
 @triton.jit
@@ -86,13 +95,13 @@ def mark_kernel(
 ):  # fmt: skip
     """The bit mask, and its set bits per tile."""
     tile = tl.program_id(0)
-    place, byte = _places(tile)
-    whole = (tile.to(tl.int64) + 1) * TILE <= size
-    keep = _load(base_ptr, place, size, whole) != _load(tuned_ptr, place, size, whole)
+    start, first_byte, left = _places(tile, size)
+    place, byte = _local()
+    keep = _load(base_ptr + start, place, left) != _load(tuned_ptr + start, place, left)
     if allow_ptr is not None:
-        keep = keep & (_load(allow_ptr, place, size, whole) != 0)
+        keep = keep & (_load(allow_ptr + start, place, left) != 0)
     bits = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-    tl.store(bits_ptr + byte, bits.to(tl.uint8), mask=byte * 8 < size)
+    tl.store(bits_ptr + first_byte + byte, bits.to(tl.uint8), mask=byte * 8 < left)
     tl.store(counts_ptr + tile, tl.sum(_bits_set(bits)))
 
 
@@ -108,13 +117,13 @@ def gather_kernel(
     tile = tl.program_id(0)
     count = tl.load(counts_ptr + tile)
     if count > 0:
-        place, byte = _places(tile)
-        whole = (tile.to(tl.int64) + 1) * TILE <= size
-        bits = tl.load(bits_ptr + byte, mask=byte * 8 < size, other=0).to(tl.int32)
+        start, first_byte, left = _places(tile, size)
+        place, byte = _local()
+        bits = tl.load(bits_ptr + first_byte + byte, mask=byte * 8 < left, other=0).to(tl.int32)
         keep, rank = _unpack(bits)
-        word = _load(base_ptr, place, size, whole) ^ _load(tuned_ptr, place, size, whole)
-        start = tl.load(ends_ptr + tile) - count
-        tl.store(words_ptr + start + rank, word, mask=keep)
+        word = _load(base_ptr + start, place, left) ^ _load(tuned_ptr + start, place, left)
+        first = tl.load(ends_ptr + tile) - count
+        tl.store(words_ptr + first + rank, word, mask=keep)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -166,17 +175,18 @@ def apply_kernel(
     tile = tl.program_id(0)
     count = tl.load(counts_ptr + tile)
     if count > 0:
-        place, byte = _places(tile)
-        bits = tl.load(bits_ptr + byte, mask=byte * 8 < size, other=0).to(tl.int32)
+        start, first_byte, left = _places(tile, size)
+        place, byte = _local()
+        bits = tl.load(bits_ptr + first_byte + byte, mask=byte * 8 < left, other=0).to(tl.int32)
         keep, rank = _unpack(bits)
-        start = tl.load(ends_ptr + tile) - count
-        word = tl.load(words_ptr + start + rank, mask=keep, other=0)
+        first = tl.load(ends_ptr + tile) - count
+        word = tl.load(words_ptr + first + rank, mask=keep, other=0)
+        target = target_ptr + start + place
         # Whole vectors: at a tenth of the elements nearly every sector changes anyway.
-        if (tile.to(tl.int64) + 1) * TILE <= size:
-            tl.store(target_ptr + place, tl.load(target_ptr + place) ^ word)
+        if left >= TILE:
+            tl.store(target, tl.load(target) ^ word)
         else:
-            old = tl.load(target_ptr + place, mask=keep, other=0)
-            tl.store(target_ptr + place, old ^ word, mask=keep)
+            tl.store(target, tl.load(target, mask=keep, other=0) ^ word, mask=keep)
 
 
 def _launch(kernel: Any, programs: int, config: Launch, *args: Any) -> None:

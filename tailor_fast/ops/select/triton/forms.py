@@ -112,7 +112,7 @@ def _searched(scoring: tuple[Any, ...]) -> Iterator[KernelForm]:
         constants = {**layout, **absent, "KEYS": keys, "COUNTED": counted, "UPPER": upper}
         types = {"hist_ptr": "*i32", "out_ptr": "*i32" if keys else "*fp32"}
         name = _name("scores", scoring, ending)
-        yield _form(name, whole.scores_kernel, launch, constants, **types)
+        yield _form(name, whole.scores_kernel, whole.SCORES_LAUNCH, constants, **types)
     constants = {name: layout[name] for name in layout if name not in ("affine_ptr", "MASKED")}
     yield _form(_name("fault", scoring), whole.fault_kernel, launch, constants)
 

@@ -244,7 +244,7 @@ def write_scores(
         high, prefix = interval.high, interval.prefix or 0
         above, copies = flags[FLAGS:], len(counts)
     launch(
-        whole.scores_kernel, (pair.tiles,), whole.WHOLE_LAUNCH,
+        whole.scores_kernel, (pair.tiles,), whole.SCORES_LAUNCH,
         *pair.arguments, out, flags, counts, above, high, prefix, copies,
         **pair.constants, KEYS=out.dtype == torch.int32, COUNTED=interval is not None,
         UPPER=interval is not None and interval.prefix is None,

@@ -39,6 +39,8 @@ from tailor_fast.ops.select.triton.state import (
 DIGITS = tl.constexpr(1 << 16)  # bins of half a key
 
 WHOLE_LAUNCH = Launch(num_warps=2, enable_fp_fusion=False)  # as `classify_kernel`
+# One vector of 8 a thread: with two or four, triton 3.6 or 3.7 spill 8 or 16 bytes on one card.
+SCORES_LAUNCH = Launch(num_warps=8, enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["rows", "size", "ws", "wv", "k", "last_k", "level", "copies"])
