@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "patching": JOBS - {"stitching"},
     "stitching": JOBS,
     "integrations": JOBS | {""},
-    "cli": JOBS | {"", "batch", "bench"},
+    "cli": JOBS | {"", "batch", "bench", "integrations"},
     "__main__": {"cli"},
     "": JOBS,
 }

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from tailor_fast._core.errors import UsageError
 from tailor_fast._core.yaml_file import read_mapping
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.checkpoint import parse_size
+from tailor_fast.checkpoint import is_hub_name, parse_size
 from tailor_fast.patching.recipe import Recipe
 
 _OWN = ("name", "out")  # what jobs cannot share
+_MODELS = ("base", "tuned")  # what may be named as the hub does
 
 
 class JobSpec(BaseModel):
@@ -22,7 +23,7 @@ class JobSpec(BaseModel):
 
     Attributes:
         name: for the table; without one, the name of ``out``.
-        base: checkpoint before fine-tuning.
+        base: checkpoint before fine-tuning: a path, or the hub name of a model in the local cache.
         tuned: the same after it.
         out: directory to make.
         recipe: choices of the method.
@@ -58,7 +59,12 @@ class JobSpec(BaseModel):
     @classmethod
     def _from_the_manifest(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         folder: Path = (info.context or {}).get("folder", Path())
-        return None if value is None else folder / value.expanduser()
+        if value is None:
+            return None
+        path = folder / value.expanduser()
+        if info.field_name in _MODELS and not path.exists() and is_hub_name(value):
+            return value
+        return path
 
     @field_validator("max_ram", "out_shard_size")
     @classmethod

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from tailor_fast._core.errors import InputError, OutputError
 from tailor_fast._version import __version__
 from tailor_fast.batch.manifest import JobSpec
-from tailor_fast.checkpoint import MANIFEST_NAME
+from tailor_fast.checkpoint import MANIFEST_NAME, local_path
 from tailor_fast.patching.report import Report
 
 STATE_NAME = "batch.json"
@@ -74,6 +74,7 @@ def fingerprint(job: JobSpec) -> str:
 
 def _seen(path: Path) -> list[tuple[str, int, int]]:
     try:
+        path = local_path(path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         found = [(file.name, file.stat()) for file in files]
     except OSError as error:

@@ -25,6 +25,7 @@ from tailor_fast.checkpoint.errors import (
 )
 from tailor_fast.checkpoint.hashed import Hashed
 from tailor_fast.checkpoint.hashing import HashName, TensorHasher, checkpoint_root
+from tailor_fast.checkpoint.hub import is_hub_name, local_path
 from tailor_fast.checkpoint.pair import TensorPair, match_pair
 from tailor_fast.checkpoint.plan import Layout, Placement, TensorSpec, plan_layout
 from tailor_fast.checkpoint.reader import Checkpoint, ShardInfo, TensorInfo, open_checkpoint
@@ -77,6 +78,8 @@ __all__ = [
     "checkpoint_root",
     "dtype_name",
     "input_record",
+    "is_hub_name",
+    "local_path",
     "match_pair",
     "model_card",
     "model_name",

@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tailor_fast.checkpoint.hub import REPOSITORY
 from tailor_fast.checkpoint.sidefiles import CARD_NAME
 
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
 _CARD_LIMIT = 2**20  # characters of a card or a configuration that are looked at
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-]")  # as a model hub names one
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the hub's local cache
 
 
@@ -29,9 +29,8 @@ def model_name(path: Path) -> str:
             told = json.loads(file.read(_CARD_LIMIT))["_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         told = None  # the reader of the checkpoint says what is wrong with it
-    if isinstance(told, str) and _REPOSITORY.fullmatch(told):
-        return told
-    return absolute.name
+    named = REPOSITORY.fullmatch(told) if isinstance(told, str) else None
+    return named["id"] if named else absolute.name
 
 
 def read_license(directory: Path) -> str | None:

@@ -32,6 +32,7 @@ from tailor_fast.checkpoint.header import (
     header_length,
     parse_header,
 )
+from tailor_fast.checkpoint.hub import local_path
 from tailor_fast.checkpoint.index import Source, locate
 from tailor_fast.checkpoint.sidefiles import side_files
 
@@ -268,8 +269,9 @@ def open_checkpoint(path: AnyPath, *, drop_cache: bool = False) -> Checkpoint:
     """Open a checkpoint and check all its headers; no tensor is read.
 
     Args:
-        path: a ``.safetensors`` file; a ``.safetensors.index.json``; or a directory that holds
-            ``model.safetensors`` or ``model.safetensors.index.json``.
+        path: a ``.safetensors`` file; a ``.safetensors.index.json``; a directory that holds
+            ``model.safetensors`` or ``model.safetensors.index.json``; or a model's hub name, which
+            ``local_path`` finds in the local cache.
         drop_cache: tell the system to forget what was read, for checkpoints that would push more
             useful files out of the page cache.
 
@@ -281,7 +283,7 @@ def open_checkpoint(path: AnyPath, *, drop_cache: bool = False) -> Checkpoint:
         UnsupportedDtypeError: a dtype that the format does not have.
         TransferError: the system failed to read.
     """
-    path = Path(path)
+    path = local_path(path)
     return Checkpoint(path, locate(path), drop_cache=drop_cache)
 
 

@@ -28,6 +28,13 @@ class PatchOptions(PlanOptions):
     no_checkpoint: Annotated[
         bool, typer.Option("--no-checkpoint", help="Write the patch only; OUT is but a name in it.")
     ] = False
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Send OUT to this model repository when it is complete."),
+    ] = None
+    private: Annotated[
+        bool, typer.Option("--private", help="Make REPO private, if it has to be made.")
+    ] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be done, as `plan` does.")
     ] = False
@@ -37,9 +44,18 @@ def patch(options: PatchOptions) -> None:
     """Keep the best few of TUNED's weights, adjusted, on BASE, and write the model to OUT."""
     if options.no_checkpoint and options.save_patch is None:
         raise UsageError("--no-checkpoint leaves nothing to write; expected --save-patch with it")
+    if options.push_to_hub is not None and options.no_checkpoint:
+        raise UsageError("--no-checkpoint leaves no model for --push-to-hub; leave one of them out")
+    if options.private and options.push_to_hub is None:
+        raise UsageError("--private is of use with --push-to-hub only")
     if options.dry_run:
         plan(options)
         return
+    push = None
+    if options.push_to_hub is not None:
+        from tailor_fast.integrations.hub import Push
+
+        push = Push(options.push_to_hub, private=options.private)
     from functools import partial
 
     from tailor_fast.cli.progress import shown
@@ -68,6 +84,10 @@ def patch(options: PatchOptions) -> None:
         )
     if not options.quiet:
         _show(report, options)
+    if push is not None:
+        address = push.send(options.out)
+        if not options.quiet:
+            typer.echo(f"sent to {address}")
 
 
 def _show(report: Report, options: PatchOptions) -> None:

@@ -17,6 +17,7 @@ from tailor_fast.checkpoint import (
     StagedCheckpoint,
     build_manifest,
     input_record,
+    local_path,
     model_card,
     model_name,
     read_license,
@@ -51,7 +52,8 @@ def patch_checkpoint(
     complete.
 
     Args:
-        base: checkpoint before fine-tuning: a model directory or one ``.safetensors`` file.
+        base: checkpoint before fine-tuning: a model directory, one ``.safetensors`` file, or the
+            hub name of a model in the local cache.
         tuned: the same after fine-tuning.
         out: directory to make.
         recipe: every choice of the method; None takes the defaults.
@@ -84,7 +86,7 @@ def patch_checkpoint(
                 with job.report.timed("write"):
                     writer.drain()
             job.report.seconds["total"] = time.perf_counter() - start
-            _finish(sources, staged, job, (Path(base), Path(tuned)), picture)
+            _finish(sources, staged, job, picture)
             staged.commit()
     job.progress.finish()
     return job.report
@@ -128,7 +130,8 @@ def _job(
 ) -> Job:
     new, sums, old = (None if p is None else Path(p) for p in (calibration, statistics, retain))
     recipe, options = recipe or Recipe(), options or RunOptions()
-    request = Request(Path(base), Path(tuned), Path(out), recipe, new, sums, old, options)
+    ours, theirs = local_path(base), local_path(tuned)
+    request = Request(ours, theirs, Path(out), recipe, new, sums, old, options)
     return Job(request, progress)
 
 
@@ -136,13 +139,13 @@ def _finish(
     sources: Sources,
     staged: StagedCheckpoint,
     job: Job,
-    names: tuple[Path, Path],
     picture: bytes,
 ) -> None:
     """Add everything that is not a weight: side files, report, picture, card, manifest."""
     tuned = sources.tuned.checkpoint
     for path in tuned.side_files:
         staged.copy_file(path)
+    names = (job.request.base, job.request.tuned)
     # `verify` looks for the base there.
     places = {
         role: str(name.absolute()) for role, name in zip(("base", "tuned"), names, strict=True)

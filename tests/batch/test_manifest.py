@@ -17,6 +17,8 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_defaults_and_what_jobs_add(tmp_path: Path) -> None:
+    for name in ("base", "a", "b"):
+        (tmp_path / "models" / name).mkdir(parents=True)
     text = """
 defaults:
   base: models/base
