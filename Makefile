@@ -6,7 +6,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 DEMO ?= demo-out
 TRITON36 := .venv-triton36
 
-.PHONY: help setup triton36 test asan demo bench docs lint type fmt clean
+.PHONY: help setup triton36 ray test asan demo bench docs lint type fmt clean
 
 help:
 	@echo "make demo   make a model pair from real images, fine-tune it until it forgets, tailor it, print the table"
@@ -33,11 +33,17 @@ triton36: $(STAMP)
 	  && touch $(TRITON36)/.installed; \
 	} || echo "triton 3.6.0 could not be installed: tests that need it are skipped"
 
+# Only the test of `batch --ray` needs it.
+ray: $(STAMP)
+	@$(PY) -c 'import ray' 2>/dev/null \
+	  || $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]' \
+	  || echo "ray could not be installed: tests that need it are skipped"
+
 # Two processes of one thread each: the tests are many small problems, on which a second thread only
 # spins. A file's tests stay together, and so do its fixtures.
 JOBS ?= 2
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP) triton36
+test: $(STAMP) triton36 ray
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

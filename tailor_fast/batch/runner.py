@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from tailor_fast._core.errors import OutputError, TailorError
 from tailor_fast._core.progress import Progress, Silent
+from tailor_fast.batch.cluster import Cluster, check_devices
 from tailor_fast.batch.manifest import JobSpec
 from tailor_fast.batch.page import PAGE_NAME, TABLE_NAME, make_page, make_table
 from tailor_fast.batch.state import (
@@ -41,6 +42,7 @@ def run_batch(
     *,
     overwrite: bool = False,
     shown: Shown = _silent,
+    cluster: Cluster | None = None,
 ) -> list[JobState]:
     """Patch all jobs, in order, and write a table, a page and the state into ``folder``.
 
@@ -51,7 +53,8 @@ def run_batch(
         jobs: from ``read_manifest``.
         folder: of the tables; made if need be.
         overwrite: replace outputs that exist, of jobs that are not done.
-        shown: makes the progress of one job.
+        shown: makes the progress of one job; of all, on a cluster.
+        cluster: runs the jobs side by side on its workers; None runs them here, one by one.
 
     Returns:
         A line for each job.
@@ -59,13 +62,30 @@ def run_batch(
     Raises:
         InputError: ``folder`` holds something else under a table's name.
         OutputError: ``folder`` cannot be written.
+        UsageError: a job for a cluster names a card by number.
     """
+    if cluster is not None:
+        check_devices(jobs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
     states = read_states(folder)
     states = {job.label: states[job.label] for job in jobs if job.label in states}
+    ran = _here(jobs, states, overwrite, shown)
+    if cluster is not None:
+        ran = _there(jobs, states, overwrite, shown, cluster)
+    with closing(ran):
+        for state in ran:
+            states[state.name] = state
+            _write(folder, ordered(states, jobs))
+    _write(folder, ordered(states, jobs))
+    return ordered(states, jobs)
+
+
+def _here(
+    jobs: Sequence[JobSpec], states: Mapping[str, JobState], overwrite: bool, shown: Shown
+) -> Generator[JobState]:
     for number, job in enumerate(jobs, 1):
         with shown() as progress:
             place = f"job {number} of {len(jobs)}, {job.label}"
@@ -73,12 +93,33 @@ def run_batch(
                 progress.note(f"{place}: done before")
                 continue
             progress.note(place)
-            states[job.label] = _run(job, overwrite, progress)
-            if states[job.label].error:
-                progress.note(f"{place}: {states[job.label].error}")
-        _write(folder, ordered(states, jobs))
-    _write(folder, ordered(states, jobs))
-    return ordered(states, jobs)
+            state = _run(job, overwrite, progress)
+            if state.error:
+                progress.note(f"{place}: {state.error}")
+        yield state
+
+
+def _there(
+    jobs: Sequence[JobSpec],
+    states: Mapping[str, JobState],
+    overwrite: bool,
+    shown: Shown,
+    cluster: Cluster,
+) -> Generator[JobState]:
+    with shown() as progress:
+        todo = [job for job in jobs if not _stands(job, states.get(job.label))]
+        progress.note(f"{len(todo)} jobs, {len(jobs) - len(todo)} done before")
+        results = cluster.results(todo, _run_silently, overwrite=overwrite)
+        with closing(results):
+            for number, (job, state) in enumerate(results, 1):
+                told = state.error or f"done in {state.seconds:.1f} s"
+                progress.note(f"{number} of {len(todo)}, {job.label}: {told}")
+                yield state
+
+
+def _run_silently(job: JobSpec, overwrite: bool) -> JobState:
+    """On a worker."""
+    return _run(job, overwrite, Silent())
 
 
 def plan_batch(
@@ -130,6 +171,8 @@ def _run(job: JobSpec, overwrite: bool, progress: Progress) -> JobState:
             progress=progress,
         )
         return finished(job, report, key, time.perf_counter() - start)
+    except KeyboardInterrupt:  # also what says that it can be resumed
+        raise
     except Exception as error:  # noqa: BLE001  the boundary of a job: the others go on
         _log.debug("job %s", job.label, exc_info=True)
         known = isinstance(error, TailorError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from tailor_fast.cli.options import Quietable
 
 if TYPE_CHECKING:
     from tailor_fast.batch import JobSpec, JobState
+    from tailor_fast.batch.cluster import Cluster
 
 FAILED = 1
 
@@ -35,6 +37,16 @@ class BatchCommandOptions(Quietable):
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = (
         False
     )
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run the jobs side by side on a Ray cluster: HOST:PORT, auto, or local.",
+        ),
+    ] = None
+    ray_cpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Cores that --ray gives a job.")
+    ] = 1
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be done, from headers.")
     ] = False
@@ -52,12 +64,25 @@ def batch(options: BatchCommandOptions) -> int:
     if options.dry_run:
         return _show_plans(jobs, options)
     folder = options.report or options.manifest.with_name(f"{options.manifest.stem}-report")
-    states = run_batch(
-        jobs, folder, overwrite=options.overwrite, shown=lambda: shown(options.quiet)
-    )
+    with _cluster(options) as cluster:
+        states = run_batch(
+            jobs,
+            folder,
+            overwrite=options.overwrite,
+            shown=lambda: shown(options.quiet),
+            cluster=cluster,
+        )
     if not options.quiet:
         _show(states, folder)
     return FAILED if any(state.status == "failed" for state in states) else 0
+
+
+def _cluster(options: BatchCommandOptions) -> AbstractContextManager[Cluster | None]:
+    if options.ray is None:
+        return nullcontext()
+    from tailor_fast.batch.cluster import Cluster
+
+    return Cluster(options.ray, cpus=options.ray_cpus)
 
 
 def _show_plans(jobs: Sequence[JobSpec], options: BatchCommandOptions) -> int:
