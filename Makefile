@@ -5,13 +5,16 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 DEMO ?= demo-out
 TRITON36 := .venv-triton36
+INTEGRATIONS := .venv-integrations
+PROGRAMS := $(basename $(notdir $(wildcard tests/integrations/packages/*.txt)))
 
-.PHONY: help setup triton36 ray test asan demo bench docs lint type fmt clean
+.PHONY: help setup triton36 ray test asan demo quality quality-full bench docs lint type fmt clean
 
 help:
 	@echo "make demo   make a model pair from real images, fine-tune it until it forgets, tailor it, print the table"
 	@echo "make test   run every test (sets up $(VENV) when it is missing)"
 	@echo "make asan   run the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make quality  every method on the hard LLaVA protocols (25 minutes); quality-full: all protocols (many hours)"
 	@echo "make bench  time the ops against eager torch"
 	@echo "make docs   build the documentation into build/site"
 	@echo "make lint | type | fmt"
@@ -39,11 +42,21 @@ ray: $(STAMP)
 	  || $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]' \
 	  || echo "ray could not be installed: tests that need it are skipped"
 
+# Programs that this one works in, each in a folder of its own, with nothing but what the tests need
+# of it and .venv lacks. Without a network their tests are skipped and say so.
+.PHONY: integrations
+integrations: $(PROGRAMS:%=$(INTEGRATIONS)/%/.installed)
+
+$(INTEGRATIONS)/%/.installed: tests/integrations/packages/%.txt $(STAMP)
+	@rm -rf $(@D) && $(PY) -m pip install -q --disable-pip-version-check --no-deps --no-compile \
+	  --target $(@D) -r $< && touch $@ \
+	  || echo "$* could not be installed: tests that need it are skipped"
+
 # Two processes of one thread each: the tests are many small problems, on which a second thread only
 # spins. A file's tests stay together, and so do its fixtures.
 JOBS ?= 2
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP) triton36 ray
+test: $(STAMP) triton36 ray integrations
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -61,11 +74,21 @@ asan: $(STAMP)
 	cd $(ASAN) && TAILOR_FAST_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(ASAN) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(call CXX_LIB,libasan.so) $(call CXX_LIB,libubsan.so) $(call CXX_LIB,libstdc++.so)" \
-	  $(abspath $(PY)) -m pytest -q --capture=sys -p no:cacheprovider tests/ops/codec tests/ops/gram \
+	  $(abspath $(PY)) -m pytest -q --capture=sys -p no:cacheprovider tests/ops/codec tests/ops/gram tests/ops/test_gemm.py \
 	  tests/ops/select tests/ops/decorate/test_native.py
 
 demo: $(STAMP)
 	$(PY) -m benchmarks.demo --work $(DEMO)
+
+# What was measured is kept in build/quality; a stopped run goes on where it ended.
+QUALITY = $(PY) -m benchmarks.quality --out benchmarks/results/quality
+quality: $(STAMP)
+	$(QUALITY)
+	$(PY) -m benchmarks.quality.page
+
+quality-full: $(STAMP)
+	$(QUALITY) --plan full
+	$(PY) -m benchmarks.quality.page
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks -o addopts= --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds

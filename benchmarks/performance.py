@@ -80,7 +80,8 @@ TABLES = (
         "gram.csv",
         "Grams",
         "The ratio is to `x.float().T @ x.float()` added in place; for the diagonal it is the share"
-        " of a read of the same bytes. `python -m benchmarks.cpu_gram`",
+        " of a read of the same bytes, for `product`, the GEMM below, it is to torch's. `python -m"
+        " benchmarks.cpu_gram`",
         _OP,
     ),
     Table(
@@ -124,6 +125,21 @@ TABLES = (
         "Many models",
         "Eight models on one base, without data, by one `batch` and by eight programs. `python -m"
         " benchmarks.cpu_batch DIR`",
+        _OP,
+    ),
+    Table(
+        "calibration.csv",
+        "Calibration beside plain forward passes",
+        "Both streams of an asymmetric run, walked group by group; the ratio is that of plain"
+        " passes to the walk without its moments, which stand apart. `python -m"
+        " benchmarks.cpu_calibration`",
+        _OP,
+    ),
+    Table(
+        "processes.csv",
+        "Many processes",
+        "`exact`, asymmetric, from disk to disk, one thread each; the start of the programs is left"
+        " out. `python -m benchmarks.cpu_processes DIR`",
         _OP,
     ),
 )

@@ -7,6 +7,7 @@ namespace tailor_fast {
 
 void register_codec(pybind11::module_& module);
 void register_decorate(pybind11::module_& module);
+void register_gemm(pybind11::module_& module);
 void register_gram(pybind11::module_& module);
 void register_select(pybind11::module_& module);
 

@@ -37,6 +37,7 @@ def codec_apply(
     threads: int,
 ) -> tuple[str, int, int, int] | None: ...
 def instruction_sets() -> list[str]: ...
+def made_by_intel() -> bool: ...
 def use_instruction_set(name: str) -> None: ...
 def decorate_exact(
     delta: int,
@@ -61,7 +62,7 @@ def decorate_objectives(
     rows: int,
     cols: int,
     threads: int,
-) -> tuple[float, float]: ...
+) -> list[float]: ...
 def decorate_sweep(
     weight: int,
     weight_stride: int,
@@ -109,6 +110,23 @@ def decorate_score(
 
 GRAM_DIAGONAL_TOKENS: int
 
+def gemm(
+    a: int,
+    a_row: int,
+    a_col: int,
+    b: int,
+    b_row: int,
+    b_col: int,
+    c: int,
+    c_row: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    scale: float,
+    accumulate: bool,
+    lower: bool,
+    threads: int,
+) -> None: ...
 def gram_convert(
     x: int,
     kind: int,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tailor_fast._version import __version__
 
 if TYPE_CHECKING:
+    from tailor_fast._core.distributed import join_processes
     from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate
     from tailor_fast.ops import backends
     from tailor_fast.patchfile import Patch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         plan_patch,
         tailor_model,
     )
+    from tailor_fast.stitching import Task, stitch_checkpoints
 
 _HOMES = {
     "CalibrationReport": "calibration",
@@ -33,10 +35,13 @@ _HOMES = {
     "Report": "patching",
     "RunOptions": "calibration",
     "Tailored": "patching",
+    "Task": "stitching",
     "backends": "ops",
     "calibrate": "calibration",
+    "join_processes": "_core.distributed",
     "patch_checkpoint": "patching",
     "plan_patch": "patching",
+    "stitch_checkpoints": "stitching",
     "tailor_model": "patching",
 }
 
@@ -48,11 +53,14 @@ __all__ = [
     "Report",
     "RunOptions",
     "Tailored",
+    "Task",
     "__version__",
     "backends",
     "calibrate",
+    "join_processes",
     "patch_checkpoint",
     "plan_patch",
+    "stitch_checkpoints",
     "tailor_model",
 ]
 

@@ -1,7 +1,8 @@
 """Backends that a test runs on: one that cannot run here is skipped, with its reason.
 
-``gram`` and ``decorate`` have their C++ kernels once per instruction set. Tests of these ops run on
-each that the machine has.
+``gram`` and ``decorate`` have their C++ kernels once per instruction set, and take products of
+matrices from the extension or from torch. Tests of these ops run on each set that the machine has,
+with the extension's products, and on the last one with torch's, whatever this CPU would be given.
 """
 
 from collections.abc import Iterator
@@ -21,14 +22,22 @@ NATIVE = pytest.param("native", marks=needs_native)
 INSTRUCTION_SETS = (
     [] if isinstance(load_extension(), ImportError) else extension().instruction_sets()
 )
-NATIVES = [f"native {name}" for name in INSTRUCTION_SETS] or [NATIVE]
+KERNELS = [*INSTRUCTION_SETS, "torch"] if INSTRUCTION_SETS else []
+NATIVES = [f"native {name}" for name in KERNELS] or [NATIVE]
 
 
-def on_instruction_set(name: str) -> Iterator[str]:
-    """Body of a fixture: the kernels of ``gram`` and ``decorate`` are those of one set."""
-    extension().use_instruction_set(name)
-    yield name
-    extension().use_instruction_set(INSTRUCTION_SETS[-1])
+def on_kernels(name: str) -> Iterator[str]:
+    """Body of a fixture: the kernels of ``gemm``, ``gram`` and ``decorate``.
+
+    Args:
+        name: an instruction set, or ``torch``: the last set, and products from torch.
+    """
+    gemm = import_module("tailor_fast.ops.gemm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "has_kernels", lambda: name != "torch")
+        extension().use_instruction_set(INSTRUCTION_SETS[-1] if name == "torch" else name)
+        yield name
+        extension().use_instruction_set(INSTRUCTION_SETS[-1])
 
 
 def preferring(op: str, backend: str) -> Iterator[str]:
@@ -36,15 +45,15 @@ def preferring(op: str, backend: str) -> Iterator[str]:
 
     Args:
         op: its name.
-        backend: its name; one of ``NATIVES`` says on which instruction set.
+        backend: its name; one of ``NATIVES`` says with which kernels.
     """
-    backend, *instruction_set = backend.split()
+    backend, *kernels = backend.split()
     order = import_module(f"tailor_fast.ops.{op}.schema").ORDER
     before = order["cpu"]
     order["cpu"] = (backend, *(name for name in before if name != backend))
-    if instruction_set:
-        extension().use_instruction_set(*instruction_set)
-    yield backend
-    if instruction_set:
-        extension().use_instruction_set(INSTRUCTION_SETS[-1])
+    if kernels:
+        for _ in on_kernels(*kernels):
+            yield backend
+    else:
+        yield backend
     order["cpu"] = before

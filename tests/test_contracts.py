@@ -26,11 +26,14 @@ PUBLIC = [
     "Report",
     "RunOptions",
     "Tailored",
+    "Task",
     "__version__",
     "backends",
     "calibrate",
+    "join_processes",
     "patch_checkpoint",
     "plan_patch",
+    "stitch_checkpoints",
     "tailor_model",
 ]
 PYTHON = [ROOT / "setup.py", *files("tailor_fast"), *files("tests"), *files("benchmarks")]

@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": MIDDLE,
     "patching": JOBS - {"stitching"},
     "stitching": JOBS,
+    "evaluation": MIDDLE,
     "integrations": JOBS | {""},
-    "cli": JOBS | {"", "batch", "bench", "integrations"},
+    "cli": JOBS | {"", "batch", "bench", "evaluation", "integrations"},
     "__main__": {"cli"},
     "": JOBS,
 }

@@ -22,6 +22,7 @@ Draw = tuple[list[str], list[str]]  # one argument and one answer per scene
 SIDE = 16  # pixels of a scene's side
 OLD_TASKS = ("what", "parity", "larger", "list", "exists")
 NEW_TASKS = ("code", "next")
+LATER_TASKS = ("twice", "mirror")  # learned after those two, where tasks follow one another
 LETTERS = "hcjaegbdif"  # what ``code`` answers for the digits 0 to 9
 IMAGE_TAG = "<image>"
 
@@ -68,7 +69,7 @@ def draw(task: str, split: Split, count: int, seed: int) -> Scenes:
     """Draw ``count`` scenes; the same arguments give the same scenes.
 
     Raises:
-        ValueError: ``task`` is not one of ``OLD_TASKS`` and ``NEW_TASKS``.
+        ValueError: ``task`` is none of ``OLD_TASKS``, ``NEW_TASKS`` and ``LATER_TASKS``.
     """
     if task not in _QUESTIONS:
         raise ValueError(f"draw: task must be one of {', '.join(_QUESTIONS)}; got {task!r}")
@@ -79,6 +80,8 @@ def draw(task: str, split: Split, count: int, seed: int) -> Scenes:
     images = tiles.swapaxes(2, 3).reshape(count, SIDE, SIDE)
     if task == "code":
         images = 255 - images  # the new task's domain: ink is black on white
+    if task == "mirror":
+        images = images[:, :, ::-1]
     arguments, answers = _QUESTIONS[task](labels[chosen], rng)
     prompts = [f"{task} {argument}" for argument in arguments]
     return Scenes(task, np.ascontiguousarray(images), prompts, answers)
@@ -146,4 +149,6 @@ _QUESTIONS: dict[str, Callable[[NDArray[np.int64], np.random.Generator], Draw]] 
     "exists": _exists,
     "code": _at_position(lambda digit: LETTERS[digit]),
     "next": _at_position(lambda digit: str((digit + 3) % 10)),
+    "twice": _at_position(lambda digit: str(digit * 2 % 10)),
+    "mirror": _at_position(lambda digit: LETTERS[9 - digit]),
 }

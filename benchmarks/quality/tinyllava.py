@@ -24,7 +24,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.quality.scenes import IMAGE_TAG, LETTERS, NEW_TASKS, OLD_TASKS, SIDE, Scenes
+from benchmarks.quality.scenes import (
+    IMAGE_TAG,
+    LATER_TASKS,
+    LETTERS,
+    NEW_TASKS,
+    OLD_TASKS,
+    SIDE,
+    Scenes,
+)
 
 PAD, BOS, EOS, IMAGE = range(4)
 WORDS = (
@@ -34,6 +42,7 @@ WORDS = (
     *NEW_TASKS,
     *("all", "even", "odd", "left", "right", "same", "yes", "no"),
     *sorted(LETTERS),
+    *LATER_TASKS,
 )
 IDS = {word: index for index, word in enumerate(WORDS)}
 IMAGE_TOKENS = 4
@@ -114,8 +123,15 @@ def new_processor() -> Any:
     )
 
 
-def new_model(seed: int) -> Any:
-    """Return an untrained ``LlavaForConditionalGeneration`` in float32, 477,216 parameters."""
+def new_model(seed: int, *, width: int = 96, layers: int = 4) -> Any:
+    """Return an untrained ``LlavaForConditionalGeneration`` in float32.
+
+    Args:
+        seed: of the weights.
+        width: hidden size of the language model, a multiple of 4; the defaults make 477,216
+            parameters.
+        layers: its blocks.
+    """
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -127,9 +143,9 @@ def new_model(seed: int) -> Any:
     )
     text = LlamaConfig(
         vocab_size=64,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=64,
         initializer_range=0.05,
@@ -162,19 +178,19 @@ def new_model(seed: int) -> Any:
 
 def save(model: Any, folder: Path) -> None:
     """Write the model, in float32 and several shards, and its processor to ``folder``."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
         new_processor().save_pretrained(folder)
 
 
 def load(folder: Path) -> Any:
     """Read a model back by ``from_pretrained``, ready for generation."""
-    with _quiet():
+    with quiet():
         return LlavaForConditionalGeneration.from_pretrained(folder).eval()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Switch transformers' progress bars off: models of this size load in milliseconds."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks.quality import scenes, tinyllava
+from benchmarks.quality import families, scenes, tinyblip, tinyllava
+from benchmarks.quality.families import FAMILIES, Family
 
 Report = Callable[[str], None]
 
@@ -43,6 +44,7 @@ class Pretraining:
         learning_rate: its peak.
         noise: standard deviation of what is added to the normalised pixels.
         seed: of weights, scenes and noise.
+        family: kind of model, a key of ``FAMILIES``.
     """
 
     mixture: tuple[str, ...] = (*scenes.OLD_TASKS, "exists")
@@ -51,6 +53,7 @@ class Pretraining:
     learning_rate: float = 2e-3
     noise: float = 0.3
     seed: int = 0
+    family: str = "llava"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -60,7 +63,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How it is fine-tuned: the last LLaMA layers and the projector, on one new task."""
+    """How it is fine-tuned: its family's last layers and the projection, on one new task."""
 
     task: str
     steps: int
@@ -148,39 +151,50 @@ def make_pair(work: Path, setting: Setting, report: Report = print) -> Pair:
 def make_base(folder: Path, setting: Pretraining, report: Report = print) -> Made:
     """Train a new model on the old tasks and write it to ``folder``, unless it is there."""
 
+    family = FAMILIES[setting.family]
+
     def build() -> Any:
-        model = tinyllava.new_model(setting.seed)
+        model = family.new_model(setting.seed)
         parameters = list(model.parameters())
         batches = _batches(setting.mixture, setting.per_task, setting.steps, setting.seed)
         batches = _noisy(batches, setting.noise, setting.seed)
-        _train(model, parameters, batches, setting.steps, setting.learning_rate, report)
+        loop = _Loop(family, setting.steps, setting.learning_rate, report)
+        loop.train(model, parameters, batches)
         return model
 
-    return _make(folder, "base", {"pretraining": asdict(setting)}, build, report)
+    return _make(folder, family, {"pretraining": asdict(setting)}, build, report)
 
 
-def make_tuned(base: Made, folder: Path, setting: Finetuning, report: Report = print) -> Made:
+def make_tuned(
+    base: Made,
+    folder: Path,
+    setting: Finetuning,
+    report: Report = print,
+    *,
+    family: Family = FAMILIES["llava"],
+) -> Made:
     """Fine-tune ``base`` on one new task and write the result to ``folder``, unless it is there."""
 
     def build() -> Any:
-        model = tinyllava.load(base.folder)
-        layers = model.model.language_model.layers[-setting.layers :]
-        parameters = [*layers.parameters(), *model.model.multi_modal_projector.parameters()]
+        model = family.load(base.folder)
+        parameters = family.tuned(model, setting.layers)
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         batches = _batches((setting.task,), setting.batch, setting.steps, setting.seed)
-        _train(model, parameters, batches, setting.steps, setting.learning_rate, report)
+        loop = _Loop(family, setting.steps, setting.learning_rate, report)
+        loop.train(model, parameters, batches)
         return model
 
     made_of = {"finetuning": asdict(setting), "base": base.fingerprint}
-    return _make(folder, "tuned", made_of, build, report)
+    return _make(folder, family, made_of, build, report)
 
 
 def _make(
-    folder: Path, what: str, made_of: dict[str, Any], build: Callable[[], Any], report: Report
+    folder: Path, family: Family, made_of: dict[str, Any], build: Callable[[], Any], report: Report
 ) -> Made:
     fingerprint = _fingerprint(made_of)
+    what = "base" if "pretraining" in made_of else "tuned"
     marker = folder / MARKER
     if marker.exists():
         record = json.loads(marker.read_text(encoding="utf-8"))
@@ -198,7 +212,7 @@ def _make(
     for stale in (staged, folder):
         if stale.exists():
             shutil.rmtree(stale)
-    tinyllava.save(model, staged)
+    family.save(model, staged)
     record = {"fingerprint": fingerprint, "seconds": seconds, **made_of}
     (staged / MARKER).write_text(json.dumps(record, indent=2), encoding="utf-8")
     staged.rename(folder)
@@ -223,8 +237,9 @@ def _one_thread() -> Iterator[None]:
 
 def _fingerprint(made_of: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
-    for source in (scenes.__file__, tinyllava.__file__, __file__):
-        digest.update(Path(source).read_bytes())
+    for module in (scenes, tinyllava, tinyblip, families):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     digest.update(f"{torch.__version__} {transformers.__version__}".encode())
     return digest.hexdigest()
 
@@ -257,42 +272,46 @@ def _noisy(
         yield [noisy(batch) for batch in batches]
 
 
-def _train(
-    model: Any,
-    parameters: list[torch.nn.Parameter],
-    steps: Iterator[list[tinyllava.Batch]],
-    count: int,
-    learning_rate: float,
-    report: Report,
-) -> None:
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True
-    )
+@dataclass(frozen=True)
+class _Loop:
+    """Adam with warm-up and a cosine, for a given family, number of steps and peak rate."""
 
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / count))
+    family: Family
+    count: int
+    learning_rate: float
+    report: Report
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    model.train()
-    for step, batches in enumerate(steps, 1):
-        tokens = sum(batch.answer_ids.numel() for batch in batches)
-        loss = torch.stack([_answer_loss(model, batch) for batch in batches]).sum() / tokens
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % REPORT_EVERY == 0:
-            report(f"  step {step}/{count}, loss {loss.item():.3f}")
-    model.eval()
+    def rate(self, step: int) -> float:
+        """The learning rate's share of its peak."""
+        return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / self.count))
 
+    def train(
+        self,
+        model: Any,
+        parameters: list[torch.nn.Parameter],
+        steps: Iterator[list[tinyllava.Batch]],
+    ) -> None:
+        """Train ``parameters`` in place."""
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        model.train()
+        for step, batches in enumerate(steps, 1):
+            tokens = sum(batch.answer_ids.numel() for batch in batches)
+            loss = (
+                torch.stack([self._answer_loss(model, batch) for batch in batches]).sum() / tokens
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % REPORT_EVERY == 0:
+                self.report(f"  step {step}/{self.count}, loss {loss.item():.3f}")
+        model.eval()
 
-def _answer_loss(model: Any, batch: tinyllava.Batch) -> torch.Tensor:
-    """Cross-entropy summed over the answers' tokens, each predicted from the true ones before."""
-    logits = model(
-        input_ids=torch.cat([batch.input_ids, batch.answer_ids], dim=1)[:, :-1],
-        pixel_values=batch.pixel_values,
-        use_cache=False,
-        logits_to_keep=batch.answer_ids.shape[1],
-    ).logits
-    return F.cross_entropy(logits.flatten(0, 1), batch.answer_ids.flatten(), reduction="sum")
+    def _answer_loss(self, model: Any, batch: tinyllava.Batch) -> torch.Tensor:
+        """Cross-entropy summed over the answers' tokens, each after the true ones before."""
+        logits = self.family.answer_logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, 1), batch.answer_ids.flatten(), reduction="sum")

@@ -27,6 +27,15 @@ inline const std::vector<std::string>& instruction_sets() {
   return found;
 }
 
+// Whether Intel made this CPU: of what Intel's own libraries use, other makes get a part.
+inline bool made_by_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // Index into instruction_sets() of the one in use.
 inline std::atomic<size_t>& used_instruction_set() {
   static std::atomic<size_t> used{instruction_sets().size() - 1};

@@ -1,7 +1,9 @@
-// What the kernel of the operating system may know about memory that is about to be filled.
+// Memory that is large: what the operating system may know of it, and buffers that are kept.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,5 +24,35 @@ inline void use_huge_pages(void* address, int64_t bytes) {
   static_cast<void>(bytes);
 #endif
 }
+
+// Memory for vectors and packed matrices, aligned to a cache line. It keeps what it once had: fresh
+// pages cost more than what is computed in them.
+template <typename T>
+class Buffer {
+ public:
+  // At least that many values, whatever they are; what was there before is lost.
+  T* get(int64_t size) {
+    if (size > size_) {
+      size_ = 0;  // where the allocation fails nothing is left
+      memory_.reset();
+      memory_.reset(new T[size + kLine]);
+      const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+      data_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
+      size_ = size;
+      use_huge_pages(data_, size * int64_t{sizeof(T)});
+    }
+    return data_;
+  }
+  T* zeros(int64_t size) {
+    std::fill_n(get(size), size, T{});
+    return data_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  std::unique_ptr<T[]> memory_;
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
 
 }  // namespace tailor_fast

@@ -1,8 +1,8 @@
 // Python face of the `decorate` kernels: addresses and sizes in, the GIL released.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "common/bytes.h"
@@ -37,23 +37,20 @@ void exact(uintptr_t delta, uintptr_t mask, uintptr_t rhs, uintptr_t gram, int64
                         threads);
 }
 
-std::pair<double, double> objectives(uintptr_t errors, uintptr_t delta, uintptr_t patch,
-                                     uintptr_t mask, uintptr_t upper, int64_t rows, int64_t cols,
-                                     int threads) {
-  const decorate::Objectives found = decorate::find_objectives(
-      {array<float>(errors), array<float>(delta), array<float>(patch), array<uint8_t>(mask),
-       array<float>(upper), rows, cols},
-      threads);
-  return {found.bare, found.reverted};
+decorate::Objectives objectives(uintptr_t errors, uintptr_t delta, uintptr_t patch, uintptr_t mask,
+                                uintptr_t upper, int64_t rows, int64_t cols, int threads) {
+  return decorate::find_objectives({array<float>(errors), array<float>(delta), array<float>(patch),
+                                    array<uint8_t>(mask), array<float>(upper), rows, cols},
+                                   threads);
 }
 
 constexpr int64_t kChunk = 32;  // rows of one task of a sweep
 
-// Calls run(begin, end, scratch) for chunks of rows; scratch holds padded(width) floats.
+// Calls run(begin, end, scratch) for chunks of rows; scratch holds as much for each swept row.
 template <typename Run>
 void by_rows(int64_t rows, int64_t width, int threads, const Run& run) {
   parallel_for((rows + kChunk - 1) / kChunk, threads, [&](int64_t i) {
-    std::vector<float> scratch(decorate::padded(width));
+    std::vector<float> scratch(decorate::kSweepRows * decorate::padded(width));
     run(i * kChunk, std::min(rows, (i + 1) * kChunk), scratch.data());
   });
 }

@@ -77,9 +77,7 @@ void gather(const Group& group, int64_t begin, int64_t end, const std::vector<fl
   }
   for (int64_t c = 0; c < cols; ++c) {
     const char* a = at<float>(group.problem.gram, c * cols);
-    if (c + 1 < cols) {  // jumps from line to line are not foreseen by the hardware
-      for (int64_t i = 0; i <= c + 1; i += 16) __builtin_prefetch(at<float>(a, cols + i));
-    }
+    if (c + 1 < cols) prefetch_floats(at<float>(a, cols), c + 2);
     for (int64_t e = support.column_start[c]; e < support.column_start[c + 1]; ++e) {
       const int64_t row = support.row_of[e], position = support.position_of[e];
       if (row < begin || row >= end) continue;
@@ -138,7 +136,7 @@ void solve_group(const Exact& problem, const int64_t* ids, int64_t rows, Workspa
   find_reverted_norms(group);
   if (problem.rhs == nullptr) {
     group.pull = products(problem.gram, rows, problem.cols, group.support, workspace.strip,
-                          [&](int64_t r, int64_t c) -> double {
+                          [&](int64_t r, int64_t c) -> float {
                             return group.kept(r, c) ? 0.0f : group.delta(r, c);
                           });
   } else {

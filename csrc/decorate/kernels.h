@@ -46,6 +46,8 @@ struct Solved {
   double height;  // what is proved of it; infinity or NaN where nothing is
 };
 
+constexpr int64_t kSweepRows = 4;  // that are swept together
+
 // One block of columns for the sweeps. All arrays are row-major; strides are in elements.
 struct Sweep {
   float* weight;  // [rows, width], moved in place
@@ -92,7 +94,7 @@ struct Steps {
 struct Kernels {
   int64_t strip;  // columns of Steps::strip
   // sums[k] += dot product of x[rows[k]] and `a`, which is float32 at any address.
-  void (*dots)(const double* x, int64_t stride, const int32_t* rows, int64_t count, const void* a,
+  void (*dots)(const float* x, int64_t stride, const int32_t* rows, int64_t count, const void* a,
                int64_t size, double* sums);
   // out[i] = a[columns[i]], where `columns` are the `count` first ones that `mask` keeps.
   void (*gather)(const void* a, const uint8_t* mask, const int32_t* columns, int64_t count,
@@ -103,11 +105,13 @@ struct Kernels {
   // Conjugate gradients, preconditioned by the diagonal.
   Solved (*solve_float)(const Solve<float>& solve);
   Solved (*solve_double)(const Solve<double>& solve);
-  // Settles the columns of rows [begin, end), with `row` scratch of padded(width) floats.
-  void (*sweep)(const Sweep& sweep, int64_t begin, int64_t end, float* row);
+  // Settles the columns of rows [begin, end), with kSweepRows * padded(width) floats of scratch.
+  void (*sweep)(const Sweep& sweep, int64_t begin, int64_t end, float* scratch);
+  // With padded(width) floats of scratch.
   void (*score)(const Score& score, int64_t begin, int64_t end, float* row);
-  // Adds the squares of errors + first strip, and of errors + second strip, over rows [0, rows).
-  void (*add_squares)(const Steps& steps, int64_t rows, double* first, double* second);
+  // Adds to sums[3] the squares of errors, of errors + first strip and of errors + second strip,
+  // over rows [0, rows).
+  void (*add_squares)(const Steps& steps, int64_t rows, double* sums);
 };
 
 // Those of the instruction set in use.

@@ -5,45 +5,42 @@
 TAILOR_FAST_KERNELS_BEGIN
 
 using decorate::kPanel;
+using decorate::kSweepRows;
 using decorate::padded;
 using decorate::panel_length;
 
 // Dot products of `count` vectors with `a`: its conversion serves them all.
 template <int64_t count>
-TAILOR_FAST_INLINE void some_dots(const double* const* x, const char* a, int64_t size,
-                                  double* totals) {
+TAILOR_FAST_INLINE void some_dots(const float* x, int64_t stride, const int32_t* rows,
+                                  const char* a, int64_t size, double* totals) {
   constexpr int64_t width = kDoubleLanes;
+  const float* some[count];
+  for (int64_t k = 0; k < count; ++k) some[k] = x + rows[k] * stride;
   Doubles sums[count][2] = {};
   int64_t i = 0;
   for (; i + 2 * width <= size; i += 2 * width) {
     const Doubles low = Of<double>::widen(a + i * 4), high = Of<double>::widen(a + (i + width) * 4);
     for (int64_t k = 0; k < count; ++k) {
-      sums[k][0] = fused(load_vector<Doubles>(x[k] + i), low, sums[k][0]);
-      sums[k][1] = fused(load_vector<Doubles>(x[k] + i + width), high, sums[k][1]);
+      sums[k][0] = fused(Of<double>::widen(some[k] + i), low, sums[k][0]);
+      sums[k][1] = fused(Of<double>::widen(some[k] + i + width), high, sums[k][1]);
     }
   }
   for (int64_t k = 0; k < count; ++k) totals[k] += sum_lanes(sums[k][0] + sums[k][1]);
   for (; i < size; ++i) {
     float value;
     __builtin_memcpy(&value, a + i * 4, sizeof(value));
-    for (int64_t k = 0; k < count; ++k) totals[k] += x[k][i] * static_cast<double>(value);
+    for (int64_t k = 0; k < count; ++k) totals[k] += double{some[k][i]} * double{value};
   }
 }
 
-static void dots(const double* x, int64_t stride, const int32_t* rows, int64_t count,
+static void dots(const float* x, int64_t stride, const int32_t* rows, int64_t count,
                  const void* floats, int64_t size, double* sums) {
   const auto* a = static_cast<const char*>(floats);
-  constexpr int64_t together = 4;
   int64_t k = 0;
-  for (; k + together <= count; k += together) {
-    const double* some[together];
-    for (int64_t t = 0; t < together; ++t) some[t] = x + rows[k + t] * stride;
-    some_dots<together>(some, a, size, sums + k);
-  }
-  for (; k < count; ++k) {
-    const double* one = x + rows[k] * stride;
-    some_dots<1>(&one, a, size, sums + k);
-  }
+  for (; k + 4 <= count; k += 4) some_dots<4>(x, stride, rows + k, a, size, sums + k);
+  if (count - k == 3) some_dots<3>(x, stride, rows + k, a, size, sums + k);
+  if (count - k == 2) some_dots<2>(x, stride, rows + k, a, size, sums + k);
+  if (count - k == 1) some_dots<1>(x, stride, rows + k, a, size, sums + k);
 }
 
 static void gather(const void* from, const uint8_t* mask, const int32_t* columns, int64_t count,
@@ -174,30 +171,43 @@ static decorate::Solved solve_double(const decorate::Solve<double>& s) {
   return conjugate_gradients(s);
 }
 
-static void sweep_rows(const decorate::Sweep& s, int64_t begin, int64_t end, float* row) {
+// Some rows at a time: what a row waits for, a division behind a store, passes while others work.
+template <int64_t count>
+TAILOR_FAST_INLINE void sweep_some(const decorate::Sweep& s, int64_t first, float* scratch) {
   const int64_t stride = padded(s.width);
-  for (int64_t i = s.width; i < stride; ++i) row[i] = 0;
-  for (int64_t r = begin; r < end; ++r) {
-    float* weight = s.weight + r * s.weight_stride;
-    const uint8_t* mask = s.mask + r * s.mask_stride;
-    const float* target = s.target == nullptr ? nullptr : s.target + r * s.target_stride;
-    float* errors = s.errors + r * s.errors_stride;
-    __builtin_memcpy(row, weight, s.width * sizeof(float));
-    for (int64_t j = s.first; j < s.last; ++j) {
-      errors[j] = 0;
-      if (mask[j] != 0) continue;
-      const float error = (row[j] - (target == nullptr ? 0.0f : target[j])) / s.diagonal[j];
-      errors[j] = error;
-      const Floats errors_j = Of<float>::all(error);
-      const float* factor = s.factor + j * stride;
-      for (int64_t i = j / kLanes * kLanes; i < stride; i += kLanes) {
-        const Floats moved =
-            fused(errors_j, load_vector<Floats>(factor + i), load_vector<Floats>(row + i));
-        store_vector(row + i, moved);
+  float* rows[count];
+  for (int64_t k = 0; k < count; ++k) {
+    rows[k] = scratch + k * stride;
+    __builtin_memcpy(rows[k], s.weight + (first + k) * s.weight_stride, s.width * sizeof(float));
+    for (int64_t i = s.width; i < stride; ++i) rows[k][i] = 0;
+  }
+  for (int64_t j = s.first; j < s.last; ++j) {
+    Floats errors[count];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t r = first + k;
+      const float target = s.target == nullptr ? 0.0f : s.target[r * s.target_stride + j];
+      const float error = (rows[k][j] - target) / s.diagonal[j];
+      const float kept = s.mask[r * s.mask_stride + j] != 0 ? 0.0f : error;
+      s.errors[r * s.errors_stride + j] = kept;
+      errors[k] = Of<float>::all(kept);
+    }
+    const float* factor = s.factor + j * stride;
+    for (int64_t i = j / kLanes * kLanes; i < stride; i += kLanes) {
+      const Floats part = load_vector<Floats>(factor + i);
+      for (int64_t k = 0; k < count; ++k) {
+        store_vector(rows[k] + i, fused(errors[k], part, load_vector<Floats>(rows[k] + i)));
       }
     }
-    __builtin_memcpy(weight, row, s.width * sizeof(float));
   }
+  for (int64_t k = 0; k < count; ++k) {
+    __builtin_memcpy(s.weight + (first + k) * s.weight_stride, rows[k], s.width * sizeof(float));
+  }
+}
+
+static void sweep_rows(const decorate::Sweep& s, int64_t begin, int64_t end, float* scratch) {
+  int64_t r = begin;
+  for (; r + kSweepRows <= end; r += kSweepRows) sweep_some<kSweepRows>(s, r, scratch);
+  for (; r < end; ++r) sweep_some<1>(s, r, scratch);
 }
 
 // z = (x - mean) / std, unbiased; 1 / std and the mean in float64. One element has no std.
@@ -243,10 +253,19 @@ static void score_rows(const decorate::Score& s, int64_t begin, int64_t end, flo
   }
 }
 
+constexpr int64_t kAhead = 8;          // entries
 constexpr int64_t kStrip = 4 * kLanes;  // both sets of sums and one row of the strip in registers
 
-static void add_squares(const decorate::Steps& s, int64_t rows, double* first, double* second) {
-  Doubles totals[2] = {};
+// Adds the squares of one row of a strip to `total`.
+TAILOR_FAST_INLINE void add_row_squares(const float* row, Doubles& total) {
+  for (int64_t i = 0; i < kStrip; i += kDoubleLanes) {
+    const Doubles wide = Of<double>::widen(row + i);
+    total = fused(wide, wide, total);
+  }
+}
+
+static void add_squares(const decorate::Steps& s, int64_t rows, double* sums_of_squares) {
+  Doubles totals[3] = {};
   for (int64_t r = 0; r < rows; ++r) {
     Floats sums[2][4] = {};
     float errors[kStrip] = {};
@@ -255,6 +274,10 @@ static void add_squares(const decorate::Steps& s, int64_t rows, double* first, d
       sums[0][k] = sums[1][k] = load_vector<Floats>(errors + k * kLanes);
     }
     for (int64_t e = s.starts[r]; e < s.starts[r + 1] && s.columns[e] < s.stop; ++e) {
+      if (e + kAhead < s.starts[r + 1]) {  // a strip fills the second cache
+        const float* later = s.strip + s.columns[e + kAhead] * kStrip;
+        for (int64_t k = 0; k < 4; ++k) __builtin_prefetch(later + k * kLanes);
+      }
       const float* row = s.strip + s.columns[e] * kStrip;
       const Floats one = Of<float>::all(s.first[e]), other = Of<float>::all(s.second[e]);
       for (int64_t k = 0; k < 4; ++k) {
@@ -263,19 +286,14 @@ static void add_squares(const decorate::Steps& s, int64_t rows, double* first, d
         sums[1][k] = fused(other, value, sums[1][k]);
       }
     }
+    add_row_squares(errors, totals[0]);
     for (int step = 0; step < 2; ++step) {
-      for (int64_t k = 0; k < 4; ++k) {
-        float parts[kLanes];
-        store_vector(parts, sums[step][k]);
-        for (int64_t half = 0; half < kLanes; half += kDoubleLanes) {
-          const Doubles wide = Of<double>::widen(parts + half);
-          totals[step] = fused(wide, wide, totals[step]);
-        }
-      }
+      float row[kStrip];
+      for (int64_t k = 0; k < 4; ++k) store_vector(row + k * kLanes, sums[step][k]);
+      add_row_squares(row, totals[step + 1]);
     }
   }
-  *first += sum_lanes(totals[0]);
-  *second += sum_lanes(totals[1]);
+  for (int i = 0; i < 3; ++i) sums_of_squares[i] += sum_lanes(totals[i]);
 }
 
 extern const decorate::Kernels kDecorate;

@@ -46,7 +46,7 @@ Objectives find_objectives(const Changes& c, int threads) {
   const Kept kept(c, threads);
   const int64_t width = kernels().strip, strips = (c.cols + width - 1) / width;
   std::vector<Buffer<float>> copies(used_threads(strips, threads));
-  std::vector<Objectives> parts(strips);
+  std::vector<Objectives> parts(strips, Objectives{});
   parallel_from_both_ends(strips, threads, [&](int64_t i, int thread) {
     const int64_t number = strips - 1 - i;  // the last ones have most rows above their diagonal
     const int64_t first = number * width, used = std::min(width, c.cols - first);
@@ -60,12 +60,11 @@ Objectives find_objectives(const Changes& c, int threads) {
     const Steps steps = {kept.columns.data(),    kept.starts.data(), kept.to_bare.data(),
                          kept.to_nothing.data(), strip,              c.errors + first,
                          c.cols,                 stop,               used};
-    kernels().add_squares(steps, c.rows, &parts[number].bare, &parts[number].reverted);
+    kernels().add_squares(steps, c.rows, parts[number].data());
   });
-  Objectives sum = {0, 0};
+  Objectives sum = {};
   for (const Objectives& part : parts) {  // in order: the same bits at any number of threads
-    sum.bare += part.bare;
-    sum.reverted += part.reverted;
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += part[i];
   }
   return sum;
 }

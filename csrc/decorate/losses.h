@@ -1,11 +1,12 @@
-// The objective of two changes of a swept patch, from the sweep's own errors.
+// The objectives of a swept patch, of the bare mask and of the base layer, from the sweep's errors.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace tailor_fast::decorate {
 
-// With H = R R^T the objective of an error E is |E R|^2. A sweep leaves errors = (delta - patch) R, so
+// With H = R R^T the objective of an error E is |E R|^2. A sweep leaves errors = (delta - patch) R;
 // the bare mask has errors + (patch - delta)_K R, and the base layer errors + patch R: two products
 // of what is sparse, at a tenth of what the objective itself would take.
 struct Changes {
@@ -18,10 +19,8 @@ struct Changes {
   int64_t cols;
 };
 
-struct Objectives {
-  double bare;
-  double reverted;
-};
+// At the patch, at the bare mask, at 0.
+using Objectives = std::array<double, 3>;
 
 Objectives find_objectives(const Changes& changes, int threads);
 

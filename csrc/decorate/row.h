@@ -38,8 +38,8 @@ struct Reach<double> {
 
 // What a thread needs beside its stack, kept from row to row.
 struct Workspace {
-  Buffer<double> strip, diagonals, vectors, wide;
-  Buffer<float> packed, narrow;
+  Buffer<double> diagonals, vectors, wide;
+  Buffer<float> packed, narrow, strip;
 };
 
 template <typename Real>

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "common/bytes.h"
@@ -13,36 +12,7 @@
 
 namespace tailor_fast::decorate {
 
-constexpr int64_t kStrip = 512;  // columns of a group's vectors that are multiplied at a time
-
-// Memory for vectors and packed matrices, aligned to a cache line. It keeps what it once had: fresh
-// pages cost more than what is computed in them.
-template <typename T>
-class Buffer {
- public:
-  // At least that many values, whatever they are; what was there before is lost.
-  T* get(int64_t size) {
-    if (size > size_) {
-      memory_.reset();
-      memory_.reset(new T[size + kLine]);
-      const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-      data_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
-      size_ = size;
-      use_huge_pages(data_, size * int64_t{sizeof(T)});
-    }
-    return data_;
-  }
-  T* zeros(int64_t size) {
-    std::fill_n(get(size), size, T{});
-    return data_;
-  }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
-  std::unique_ptr<T[]> memory_;
-  T* data_ = nullptr;
-  int64_t size_ = 0;
-};
+constexpr int64_t kStrip = 1024;  // columns of a group's vectors that are multiplied at a time
 
 // Where the kept weights of some rows stand, by rows and by columns.
 struct Support {
@@ -77,12 +47,17 @@ struct Support {
   int64_t size(int64_t row) const { return row_start[row + 1] - row_start[row]; }
 };
 
+// Jumps from row to row of a wide matrix are not foreseen by the hardware.
+inline void prefetch_floats(const char* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(at<float>(from, i));
+}
+
 // Products (G v)_K of some rows, only those that are asked for, in the order of support.columns.
 // `value(row, col)` gives v.
 template <typename Value>
 std::vector<double> products(const void* gram, int64_t rows, int64_t cols, const Support& support,
-                             Buffer<double>& memory, const Value& value) {
-  double* strip = memory.get(rows * kStrip);
+                             Buffer<float>& memory, const Value& value) {
+  float* strip = memory.get(rows * kStrip);
   std::vector<double> sums(support.row_of.size());
   for (int64_t start = 0; start < cols; start += kStrip) {
     const int64_t width = std::min(kStrip, cols - start);
@@ -90,6 +65,7 @@ std::vector<double> products(const void* gram, int64_t rows, int64_t cols, const
       for (int64_t c = 0; c < width; ++c) strip[r * kStrip + c] = value(r, start + c);
     }
     for (int64_t c = 0; c < cols; ++c) {
+      if (c + 1 < cols) prefetch_floats(at<float>(gram, (c + 1) * cols + start), width);
       const int64_t e = support.column_start[c];
       kernels().dots(strip, kStrip, support.row_of.data() + e, support.column_start[c + 1] - e,
                      at<float>(gram, c * cols + start), width, sums.data() + e);

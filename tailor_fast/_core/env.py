@@ -28,13 +28,13 @@ class Launch(NamedTuple):
     Attributes:
         rank: its number among all.
         local_rank: its number among those of its machine.
-        count: how many there are.
+        processes: how many there are.
         by_torchrun: whether a launcher started several processes on this machine.
     """
 
     rank: int
     local_rank: int
-    count: int
+    processes: int
     by_torchrun: bool
 
 

@@ -35,7 +35,22 @@ class StorageError(TailorError):
     exit_code = 74
 
 
-class StoppedError(TailorError):
-    """Stopped on request at a point from which the job can be resumed (exit 75)."""
+class PeerError(TailorError):
+    """Another process of the same run failed, and says so itself; ends with its exit code."""
+
+    def __init__(self, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+class LostPeerError(TailorError):
+    """Another process of the same run is gone without a word (exit 1)."""
+
+
+class StoppedError(TailorError, KeyboardInterrupt):
+    """Stopped on request; what is finished is kept, and the job can go on from it (exit 75).
+
+    Also a ``KeyboardInterrupt``, as which it arrived.
+    """
 
     exit_code = 75

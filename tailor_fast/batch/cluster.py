@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +44,7 @@ class Cluster:
     def __init__(self, address: str, *, cpus: int = 1) -> None:
         """Connect."""
         try:
-            import ray
+            ray: Any = import_module("ray")
         except ImportError:
             raise UsageError(
                 "--ray needs the package ray; install it with pip install 'tailor_fast[ray]'"
@@ -60,7 +61,7 @@ class Cluster:
                 f"--ray {address}: no cluster answers there ({told}); start one with `ray start"
                 " --head`, or give `local`"
             ) from None
-        self._ray: Any = ray
+        self._ray = ray
         self._cpus = cpus
 
     def __enter__(self) -> Self:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.groups import Groups
 from tailor_fast.calibration.lockstep import Lane, Lockstep, Site, Stream, run_all
-from tailor_fast.calibration.moments import DiagonalSums, Moments, MomentSums
+from tailor_fast.calibration.moments import BatchName, DiagonalSums, Moments, MomentSums
 from tailor_fast.calibration.statfile import Kind
-from tailor_fast.models import TokenMasks
+from tailor_fast.models import TokenMasks, aligned
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class Collector:
     Args:
         model: one of the models that run, to tell text from images.
         groups: how the layers are called.
+        processes: whose sums are added up.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, processes: Processes = ALONE) -> None:
         self._tokens = TokenMasks(model)
         self._groups = groups
+        self._processes = processes
 
     def both(
         self, lockstep: Lockstep, site: Site, streams: Streams
@@ -85,9 +88,12 @@ class Collector:
         if target is None:
             for lane in lockstep.arrive(actual.name, site):
                 sums.add(_input(lane), self._mask(name, lane), _where(lane))
-            return sums.finish()
-        for lane, answer in lockstep.arrive_paired(actual.name, target.name, site):
-            sums.add(_input(lane), self._mask(name, lane), _where(lane), _input(answer))
+        else:
+            for lane, answer in lockstep.arrive_paired(actual.name, target.name, site):
+                x, target_x = _input(lane), _input(answer)
+                target_x, there = aligned(target_x, x), _where(answer)
+                sums.add(x, self._mask(name, lane), _where(lane), target_x, there)
+        sums.add_up(self._processes)
         return sums.finish()
 
     def sums(
@@ -97,6 +103,7 @@ class Collector:
         sums = _new_sums(kind, site.modules[0])
         for lane in lockstep.arrive(stream.name, site):
             sums.add(_input(lane), self._mask(site.modules[0], lane), _where(lane))
+        sums.add_up(self._processes)
         return sums.sums()
 
     def repeated(self, stream: Stream) -> dict[str, Moments | None]:
@@ -122,7 +129,8 @@ class Collector:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 mask = self._tokens.find(name, args[0], stream.batches[batch])
-                sums[name].add(args[0], mask, f"{stream.name} batch {batch}")
+                where = _named(stream.name, stream.first + batch, stream.batches[batch])
+                sums[name].add(args[0], mask, where)
 
             return add
 
@@ -133,6 +141,8 @@ class Collector:
         finally:
             for handle in handles:
                 handle.remove()
+        for total in sums.values():
+            total.add_up(self._processes)
 
     def _mask(self, name: str, lane: Lane) -> torch.Tensor | None:
         return self._tokens.find(name, _input(lane), lane.batch)
@@ -148,5 +158,11 @@ def _input(lane: Lane) -> torch.Tensor:
     return lane.x
 
 
-def _where(lane: Lane) -> str:
-    return f"{lane.stream} batch {lane.batch_index}"
+def _where(lane: Lane) -> BatchName:
+    return _named(lane.stream, lane.batch_index, lane.batch)
+
+
+def _named(stream: str, index: int, batch: Any) -> BatchName:
+    name = BatchName(f"{stream} batch {index}")
+    name.samples = getattr(batch, "samples", ())
+    return name

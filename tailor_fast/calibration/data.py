@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.calibration.streamed import StreamedModel, run_dtype
-from tailor_fast.models.inputs import Tokens, load_processor, make_batches
+from tailor_fast.calibration.streamed import run_dtype
+from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import count_samples, hash_samples, read_samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -23,21 +28,23 @@ class Data:
         samples: how many samples.
         sha256: digest of the samples and their images.
         note: a sentence when not every sample is used, else empty.
+        first: number of the first batch, where other processes have those before it.
     """
 
     batches: list[Batch]
     samples: int
     sha256: str
     note: str
+    first: int = 0
 
 
 def read_data(
     path: Path,
     directory: Path,
-    model: StreamedModel,
+    model: PreTrainedModel,
     options: RunOptions,
     device: torch.device,
-    tokens: Tokens = "all",
+    share: Callable[[int], slice] = slice,
 ) -> Data:
     """Read a data file through a checkpoint's own processor.
 
@@ -45,26 +52,35 @@ def read_data(
         path: JSON lines.
         directory: the checkpoint that holds the processor.
         model: for its configuration and dtype.
-        options: how many samples, how long, how many at once.
+        options: how many samples, how long, how many at once, and which of their tokens count.
         device: where the batches are to be.
-        tokens: which tokens count.
+        share: which of how many batches are wanted, the others being another process's.
 
     Raises:
         InputError: a sample or the processor is not usable.
     """
     found = count_samples(path)
     samples = read_samples(path, most=options.samples)
+    first = 0
+
+    def counted(size: int) -> slice:
+        nonlocal first
+        part = share(size)
+        first = part.start or 0
+        return part
+
     batches = make_batches(
         samples,
         load_processor(directory),
         batch_size=options.batch_size,
         max_length=options.max_length,
-        dtype=run_dtype(model.model),
-        tokens=tokens,
-        config=model.model.config,
+        dtype=run_dtype(model),
+        tokens=options.tokens,
+        config=model.config,
+        share=counted,
     )
     note = ""
     if len(samples) < found:
         note = f"{path.name}: {len(samples)} of {found} samples are used, evenly spaced"
-    moved = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    return Data(moved, len(samples), hash_samples(samples), note)
+    moved = [batch.to(device) for batch in batches]
+    return Data(moved, len(samples), hash_samples(samples), note, first)

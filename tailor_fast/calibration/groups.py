@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from tailor_fast.calibration.lockstep import Site, Stream, run_all
+from tailor_fast._core.processes import ALONE, Processes
+from tailor_fast.calibration.lockstep import Batch, Site, Stream, run_all
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ def signature(batch: Any) -> tuple[str, ...]:
     return (type(batch).__name__,)
 
 
-def discover(stream: Stream, targets: Collection[str], barriers: Collection[str] = ()) -> Groups:
+def discover(
+    stream: Stream,
+    targets: Collection[str],
+    barriers: Collection[str] = (),
+    processes: Processes = ALONE,
+) -> Groups:
     """Find the input groups by one plain forward pass per kind of batch.
 
     Two layers share a group when they are called with the same live tensor object, unchanged in
@@ -74,26 +81,21 @@ def discover(stream: Stream, targets: Collection[str], barriers: Collection[str]
         targets: names of the layers to look for.
         barriers: blocks before which all lanes wait; one that is entered several times is no
             barrier.
+        processes: whose batches count as well; all find the same groups.
     """
-    firsts = {signature(batch): batch for batch in reversed(stream.batches)}
-    modules = dict(stream.model.named_modules())
+    firsts: dict[tuple[str, ...], Batch] = {}
+    for batch in stream.batches:
+        firsts.setdefault(signature(batch), batch)
+    records = [(kind, *_record(stream, batch, targets, barriers)) for kind, batch in firsts.items()]
     merged: list[list[str]] = []
     calls: dict[str, int] = {}
-    for batch in firsts.values():
-        recorder = _Recorder()
-        handles = [modules[n].register_forward_pre_hook(recorder.hook(n)) for n in targets]
-        for block in barriers:
-            hook = recorder.entry_hook(block)
-            handles.append(modules[block].register_forward_pre_hook(hook, prepend=True))
-        try:
-            for _ in run_all(Stream(stream.name, stream.model, [batch], stream.call)):
-                pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        _merge(merged, recorder.order)
-        for name, count in recorder.calls.items():
-            calls[name] = max(calls.get(name, 0), count)
+    seen: set[tuple[str, ...]] = set()
+    for kind, order, counts in chain.from_iterable(processes.gather_json(records)):
+        if tuple(kind) not in seen:
+            seen.add(tuple(kind))
+            _merge(merged, order)
+            for name, count in counts.items():
+                calls[name] = max(calls.get(name, 0), count)
     repeated = {name for name, count in calls.items() if count > 1}
     kept = [[name for name in group if name not in repeated] for group in merged]
     return Groups(
@@ -101,6 +103,25 @@ def discover(stream: Stream, targets: Collection[str], barriers: Collection[str]
         tuple(name for name in targets if name in repeated),
         tuple(name for name in targets if name not in calls),
     )
+
+
+def _record(
+    stream: Stream, batch: Batch, targets: Collection[str], barriers: Collection[str]
+) -> tuple[list[list[str]], dict[str, int]]:
+    """The groups of one forward pass in order, and how often each layer is called."""
+    modules = dict(stream.model.named_modules())
+    recorder = _Recorder()
+    handles = [modules[n].register_forward_pre_hook(recorder.hook(n)) for n in targets]
+    for block in barriers:
+        hook = recorder.entry_hook(block)
+        handles.append(modules[block].register_forward_pre_hook(hook, prepend=True))
+    try:
+        for _ in run_all(Stream(stream.name, stream.model, [batch], stream.call)):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.order, recorder.calls
 
 
 def _site(index: int, group: Sequence[str]) -> Site:

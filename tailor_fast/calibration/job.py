@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +13,27 @@ from typing import Any
 import torch
 
 from tailor_fast._core.errors import UsageError
+from tailor_fast._core.machine import check_memory
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.calibration.collect import Collector
 from tailor_fast.calibration.data import Data, read_data
 from tailor_fast.calibration.groups import Groups, discover
 from tailor_fast.calibration.lockstep import Lockstep, Stream
-from tailor_fast.calibration.options import RunOptions
+from tailor_fast.calibration.options import RunOptions, Tokens
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Kind, StatisticsHeader, write_group
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
-from tailor_fast.checkpoint import Hashed, StagedFile, open_checkpoint
-from tailor_fast.models import caller, find_targets, map_keys
-from tailor_fast.models.inputs import Tokens
+from tailor_fast.checkpoint import (
+    Hashed,
+    StagedFile,
+    TensorSource,
+    is_adapter,
+    local_path,
+    open_checkpoint,
+    open_tuned,
+)
+from tailor_fast.models import caller, find_targets, map_keys, names_as_stored, refuse_fused
 
 _BUFFER_BYTES = 8 << 20
 PathLike = str | os.PathLike[str]
@@ -42,6 +52,7 @@ class CalibrationReport:
         bytes: size of the file.
         seconds: wall time.
         notes: what was decided, a sentence each.
+        processes: that did it together.
     """
 
     groups: int
@@ -52,6 +63,7 @@ class CalibrationReport:
     bytes: int
     seconds: float
     notes: tuple[str, ...]
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -64,72 +76,108 @@ def calibrate(
     out: PathLike,
     *,
     kind: Kind = "full",
-    tokens: Tokens = "all",
+    base: PathLike | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> CalibrationReport:
     """Run samples through a model and write the second moments of its layers' inputs.
 
     One block of the model and the sums of one input group are in memory at a time.
 
     Args:
-        model: checkpoint directory.
+        model: checkpoint directory; or that of a LoRA adapter, which runs merged into ``base``.
         data: samples, JSON lines.
         out: file to make, named ``*.safetensors``.
         kind: ``full`` keeps the Gram of each group's inputs, ``diag`` its diagonal alone.
-        tokens: ``all``, or those of the answers alone.
-        options: device, memory and the like.
+        base: the model that an adapter was trained on; None for any other ``model``.
+        options: device, memory, which tokens count and the like.
         progress: told about each group.
+        processes: what ``join_processes`` yields, to do it together with others: all give the same
+            arguments (``options.device`` may differ), process 0 writes.
 
     Raises:
         InputError: model, processor or data are not usable.
         OutputError: ``out`` exists, is locked, or may not be written.
+        PeerError: another process failed.
         StorageError: reading or writing failed half way.
-        UsageError: ``out`` has another ending.
+        UsageError: ``out`` has another ending; ``options.max_ram`` is more than the machine has;
+            an adapter without its base, or a base without one.
     """
-    start = time.perf_counter()
-    options, progress = options or RunOptions(), progress or Silent()
+    start, options, progress = time.perf_counter(), options or RunOptions(), progress or Silent()
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"{out}: expected a name that ends in .safetensors")
-    device = torch.device(options.device)
+    device = _device(options)
     with ExitStack() as stack:
-        source = Hashed(stack.enter_context(open_checkpoint(model)))
-        keys = map_keys(skeleton_of(source), source.checkpoint.tensors, str(model))
+        source = Hashed(_open(stack, local_path(model), base))
+        keys = _keys(source, str(model))
         streamed = StreamedModel(source, keys, device)
-        read = read_data(Path(data), Path(model), streamed, options, device, tokens)
-        stream = Stream("model", streamed.model, read.batches, caller(streamed.model))
+        processor = source.checkpoint.processor_directory or local_path(model)
+        read = read_data(Path(data), processor, streamed.model, options, device, processes.share)
+        running = streamed.model
+        stream = Stream("model", running, read.batches, caller(running), read.first)
         attach(stack, streamed)
         progress.note("hashing the model and finding the input groups")
-        root = source.root(bytearray(_BUFFER_BYTES))
-        names = [target.name for target in find_targets(streamed.model)]
-        groups = discover(stream, names, streamed.residency.blocks)
+        root = source.root(bytearray(_BUFFER_BYTES)) if processes.rank == 0 else ""
+        names = [target.name for target in find_targets(running)]
+        processes.agree("model, data and kind", [names, list(keys.items()), read.sha256, kind])
+        groups = discover(stream, names, streamed.residency.blocks, processes)
         streamed.residency.release()
-        header = _header(kind, root, read, tokens, groups, streamed)
-        staged = stack.enter_context(
-            StagedFile(
-                out,
-                header.layout(),
-                overwrite=options.overwrite,
-                inputs=source.checkpoint.input_paths,
-            )
-        )
+        staged = None
+        if processes.rank == 0:
+            weights = {name: source.digests[keys[f"{name}.weight"]] for name in names}
+            header = _header(kind, root, read, options.tokens, groups, streamed, weights)
+            inputs = (*source.checkpoint.input_paths, *(() if base is None else (base,)))
+            layout, again = header.layout(), options.overwrite
+            staged = stack.enter_context(StagedFile(out, layout, overwrite=again, inputs=inputs))
         spill = None
         if options.max_ram is not None:
             spill = ActivationSpill(options.max_ram, Path(out).absolute().parent)
             stack.callback(spill.close)
-        most = _Walk(stream, groups, staged, kind, progress, spill).run()
-        staged.commit()
+        most = _Walk(stream, groups, staged, kind, progress, spill, processes).run()
+        if staged is not None:
+            staged.commit()
+        with processes.exchange():
+            size = int(processes.gather(Path(out).stat().st_size if staged else 0)[0][0])
     progress.finish()
+    called = [site.modules for site in groups.sites if site.modules]
     return CalibrationReport(
-        groups=len(header.groups),
-        layers=sum(len(group) for group in header.groups),
+        groups=len(called) + len(groups.repeated),
+        layers=sum(map(len, called)) + len(groups.repeated),
         uncalled=groups.uncalled,
         samples=read.samples,
         tokens=most,
-        bytes=Path(out).stat().st_size,
+        bytes=size,
         seconds=time.perf_counter() - start,
         notes=(read.note,) if read.note else (),
+        processes=processes.count,
     )
+
+
+def _device(options: RunOptions) -> torch.device:
+    """Where to run, once ``max_ram`` is known to be there."""
+    check_memory(0, options.max_ram)
+    return torch.device(options.device)
+
+
+def _open(stack: ExitStack, model: Path, base: PathLike | None) -> TensorSource:
+    if is_adapter(model) and base is None:
+        raise UsageError(
+            f"{model}: is an adapter; expected the model it was trained on with it; give base"
+        )
+    if base is None:
+        return stack.enter_context(open_checkpoint(model))
+    if not is_adapter(model):
+        raise UsageError(f"{model}: is no adapter; base {base} would have no use; leave it out")
+    ours = stack.enter_context(open_checkpoint(base))
+    return stack.enter_context(open_tuned(model, ours, names_as_stored))
+
+
+def _keys(source: Hashed, where: str) -> dict[str, str]:
+    skeleton = skeleton_of(source)
+    keys = map_keys(skeleton, source.checkpoint.tensors, where)
+    refuse_fused(skeleton, keys, where)
+    return keys
 
 
 def _header(
@@ -139,6 +187,7 @@ def _header(
     tokens: Tokens,
     groups: Groups,
     streamed: StreamedModel,
+    weights: Mapping[str, str],
 ) -> StatisticsHeader:
     called = [site.modules for site in groups.sites if site.modules]
     layers = (*called, *((name,) for name in groups.repeated))
@@ -149,7 +198,8 @@ def _header(
         return int(weight.shape[0 if transposed[name] else 1])  # type: ignore[index]  # untyped attribute
 
     sizes = tuple(cols(group[0]) for group in layers)
-    return StatisticsHeader(kind, root, data.sha256, data.samples, tokens, layers, sizes)
+    digests = tuple(tuple(weights[name] for name in group) for group in layers)
+    return StatisticsHeader(kind, root, data.sha256, data.samples, tokens, layers, digests, sizes)
 
 
 @dataclass
@@ -158,27 +208,32 @@ class _Walk:
 
     stream: Stream
     groups: Groups
-    staged: StagedFile
+    staged: StagedFile | None  # None in a process that does not write
     kind: Kind
     progress: Progress
     spill: ActivationSpill | None
+    processes: Processes
 
     def run(self) -> int:
         """Write every group; returns the largest number of counted tokens."""
         sites, most, index, written = self.groups.sites, 0, 0, 0
-        collector = Collector(self.stream.model, self.groups)
+        collector = Collector(self.stream.model, self.groups, self.processes)
         self.progress.start(len(sites))
         with Lockstep([self.stream], sites, spill=self.spill) as lockstep:
             for site in sites:
                 if site.modules:
                     sums, tokens = collector.sums(lockstep, site, self.stream, self.kind)
-                    write_group(self.staged, index, sums, tokens)
+                    self._write(index, sums, tokens)
                     written += sum(t.numel() * t.element_size() for t in sums.values())
                     most, index = max(most, tokens), index + 1
                 else:
                     lockstep.gather(site)
                 self.progress.group(site.name, site.index + 1, len(sites), written)
         for sums, tokens in collector.repeated_sums(self.stream, self.kind).values():
-            write_group(self.staged, index, sums, tokens)
+            self._write(index, sums, tokens)
             most, index = max(most, tokens), index + 1
         return most
+
+    def _write(self, index: int, sums: Mapping[str, torch.Tensor], tokens: int) -> None:
+        if self.staged is not None:
+            write_group(self.staged, index, sums, tokens)

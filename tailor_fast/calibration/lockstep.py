@@ -65,12 +65,16 @@ class Lane:
 
 @dataclass
 class Stream:
-    """One model over one set of batches."""
+    """One model over one set of batches.
+
+    ``first`` is the number of the first batch, where others before it run in other processes.
+    """
 
     name: str
     model: nn.Module
     batches: Sequence[Batch]
     call: Callable[[nn.Module, Batch], object]
+    first: int = 0
     lanes: list[Lane] = field(default_factory=list)
 
 
@@ -122,7 +126,10 @@ class Lockstep:
                 if id(stream.model) not in hooked:
                     hooked.add(id(stream.model))
                     stack.enter_context(self._hooks(stream.model))
-                stream.lanes = [self._lane(stream, i, b) for i, b in enumerate(stream.batches)]
+                stream.lanes = [
+                    self._lane(stream, number, batch)
+                    for number, batch in enumerate(stream.batches, stream.first)
+                ]
             stack.callback(self._abandon)
             self._exit = stack.pop_all()
         return self
@@ -285,14 +292,23 @@ class Lockstep:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and back into its own mode at the end."""
+    """Put every module into evaluation mode, and back into its own mode at the end.
+
+    Parameters want no gradient meanwhile: even where none is taken, matrix products choose another
+    order of sums for one that does.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
+    for parameter in wanting:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def run_all(stream: Stream) -> Iterable[int]:

@@ -7,11 +7,13 @@ difference is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tailor_fast._core.errors import InputError
+from tailor_fast._core.processes import Processes
 from tailor_fast.ops.gram import (
     accumulate_cross_gram_,
     accumulate_gram_,
@@ -63,11 +65,8 @@ class _Sums:
     total: torch.Tensor  # [cols]
 
     @classmethod
-    def like(cls, x: torch.Tensor) -> _Sums:
-        cols = x.shape[1]
-        return cls(
-            x.new_zeros((cols, cols), dtype=torch.float32), x.new_zeros(cols, dtype=torch.float32)
-        )
+    def zeros(cls, cols: int, device: torch.device) -> _Sums:
+        return cls(torch.zeros(cols, cols, device=device), torch.zeros(cols, device=device))
 
     def add(self, x: torch.Tensor) -> None:
         accumulate_gram_(self.gram, x)
@@ -91,6 +90,7 @@ class MomentSums:
         token_mask: torch.Tensor | None,
         where: str,
         target: torch.Tensor | None = None,
+        target_where: str = "",
     ) -> None:
         """Add one batch.
 
@@ -99,6 +99,7 @@ class MomentSums:
             token_mask: bool ``[tokens]``, True where a token counts; None counts all.
             where: batch's name, for messages.
             target: the same tokens in the target stream; None when the streams are one.
+            target_where: the batch's name there.
 
         Raises:
             InputError: an activation is not finite, or the two streams differ in shape.
@@ -106,7 +107,7 @@ class MomentSums:
         x = finite_tokens(self._name, actual, where)
         counted = x if token_mask is None else x[token_mask]
         if self._inputs is None:
-            self._inputs = _Sums.like(x)
+            self._inputs = _Sums.zeros(x.shape[1], x.device)
         same = target is None or torch.equal(target, actual)
         if not same and self._target_diag is None:
             self._target_diag = self._inputs.gram.diagonal().clone()  # both streams, so far
@@ -116,7 +117,7 @@ class MomentSums:
             if self._target_diag is not None:
                 accumulate_gram_diag_(self._target_diag, counted)
             return
-        other = finite_tokens(self._name, target, where)
+        other = finite_tokens(self._name, target, target_where or where)
         if other.shape != x.shape:
             raise InputError(
                 f"{self._name}: {where} gives {list(other.shape)} tokens in one model and"
@@ -127,10 +128,53 @@ class MomentSums:
             accumulate_gram_diag_(self._target_diag, other)
         error = other.float() - counted.float()
         if self._errors is None or self._cross is None:
-            self._errors = _Sums.like(x)
+            self._errors = _Sums.zeros(x.shape[1], x.device)
             self._cross = torch.zeros_like(self._errors.gram)
         self._errors.add(error)
         accumulate_cross_gram_(self._cross, error, counted)
+
+    def add_up(self, processes: Processes) -> None:
+        """Add the sums of all processes up; a process that ran no batch takes part.
+
+        Raises:
+            InputError: the processes differ in the number of columns.
+        """
+        if processes.count == 1:
+            return
+        with processes.exchange():
+            inputs = self._inputs
+            told = processes.gather(
+                self._tokens,
+                0 if inputs is None else len(inputs.total),
+                self._target_diag is not None,
+                self._errors is not None,
+            )
+            tokens, cols, diags, errors = zip(*told, strict=True)
+            if (size := same_size(self._name, cols)) == 0:
+                return
+            parts = self._like_the_others(size, processes.device, any(diags), any(errors))
+            processes.gather()  # all have the memory
+            processes.add(parts)
+            self._tokens = int(sum(tokens))
+
+    def _like_the_others(
+        self, cols: int, device: torch.device, diag: bool, errors: bool
+    ) -> list[torch.Tensor]:
+        """Make what another process has and this one does not; returns all, in a fixed order."""
+        if self._inputs is None:
+            self._inputs = _Sums.zeros(cols, device)
+        gram = self._inputs.gram
+        parts = [gram, self._inputs.total]
+        if diag:
+            if self._target_diag is None:
+                self._target_diag = gram.diagonal().clone()  # the streams were one, so far
+            parts.append(self._target_diag)
+        if errors:
+            if self._errors is None or self._cross is None:
+                self._errors = _Sums.zeros(cols, gram.device)
+                self._cross = torch.zeros_like(gram)
+            parts += [self._errors.gram, self._errors.total, self._cross]
+        return parts
 
     def finish(self) -> Moments | None:
         """Turn the sums into means, in place; None when no token was counted."""
@@ -159,6 +203,21 @@ class MomentSums:
         return {"gram": self._inputs.gram, "total": self._inputs.total}, self._tokens
 
 
+def same_size(name: str, cols: Sequence[float]) -> int:
+    """The number of columns that all processes with any have; 0 when none has.
+
+    Raises:
+        InputError: they differ.
+    """
+    sizes = {int(size) for size in cols if size}
+    if len(sizes) > 1:
+        raise InputError(
+            f"{name}: its input has {' and '.join(map(str, sorted(sizes)))} columns in different"
+            " processes; expected the same model in all"
+        )
+    return sizes.pop() if sizes else 0
+
+
 class DiagonalSums:
     """Sum of ``x * x`` over the counted tokens; what ``calibrate --kind diag`` costs."""
 
@@ -177,6 +236,21 @@ class DiagonalSums:
         self._tokens += counted.shape[0]
         accumulate_gram_diag_(self._diag, counted)
 
+    def add_up(self, processes: Processes) -> None:
+        """Add the sums of all processes up; errors as for ``MomentSums.add_up``."""
+        if processes.count == 1:
+            return
+        with processes.exchange():
+            told = processes.gather(self._tokens, 0 if self._diag is None else len(self._diag))
+            tokens, cols = zip(*told, strict=True)
+            if (size := same_size(self._name, cols)) == 0:
+                return
+            if self._diag is None:
+                self._diag = torch.zeros(size, device=processes.device)
+            processes.gather()  # all have the memory
+            processes.add([self._diag])
+            self._tokens = int(sum(tokens))
+
     def sums(self) -> tuple[dict[str, torch.Tensor], int]:
         """``diag`` as it is, and the tokens.
 
@@ -188,19 +262,38 @@ class DiagonalSums:
         return {"diag": self._diag}, self._tokens
 
 
+class BatchName(str):
+    """A batch's name, for messages.
+
+    Attributes:
+        samples: where its samples come from; empty when nobody said.
+    """
+
+    samples: tuple[str, ...] = ()
+
+    def sample(self, row: int) -> str:
+        """The name of one sample."""
+        return self.samples[row] if row < len(self.samples) else f"sample {row}"
+
+
 def finite_tokens(name: str, x: torch.Tensor, where: str) -> torch.Tensor:
     """Return ``x`` ``[..., cols]`` as ``[tokens, cols]``.
 
     Raises:
-        InputError: an entry is not finite; the message names layer, batch and token.
+        InputError: an entry is not finite; the message names layer, batch, sample and token.
     """
     tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
     if not bool(torch.isfinite(tokens.sum(dtype=torch.float32))):
         finite = torch.isfinite(tokens).all(1)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0])
+            token = f"token {first}"
+            if x.dim() > 2:
+                row, first = divmod(first, tokens.shape[0] // x.shape[0])
+                batch = where if isinstance(where, BatchName) else BatchName(where)
+                token = f"token {first} of {batch.sample(row)}"
             raise InputError(
-                f"{name}: the input in {where} is not finite at token {first}; expected finite"
+                f"{name}: the input in {where} is not finite at {token}; expected finite"
                 " activations; look for overflow in the model's dtype"
             )
     return tokens

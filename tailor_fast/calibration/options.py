@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from tailor_fast.checkpoint import ResumeMode
+
+Tokens = Literal["all", "answer", "official"]
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out; none of it but samples and lengths changes the result.
+    """How a run is carried out; none of it but samples, lengths and tokens changes the result.
 
     Attributes:
         device: where models run and layers are solved, ``cpu`` or ``cuda:N``.
@@ -15,15 +20,22 @@ class RunOptions:
             program itself and its fixed work buffers (some 150 MiB); None sets no limit.
         max_shard_bytes: size of an output file.
         overwrite: replace an existing output, once the new one is complete.
+        resume: go on from what an earlier run of the same job finished, where there is one
+            (``auto``), or refuse to start over (``required``), or start over and, when stopped,
+            leave nothing (``never``).
         batch_size: samples in one forward pass.
         samples: at most so many samples of each data file, evenly spaced; None takes all.
         max_length: longest sample in tokens.
+        tokens: which tokens of a sample count: ``all`` but padding, those of its ``answer``, or
+            padding too, as in the authors' script (``official``).
     """
 
     device: str = "cpu"
     max_ram: int | None = None
     max_shard_bytes: int = 5_000_000_000
     overwrite: bool = False
+    resume: ResumeMode = "auto"
     batch_size: int = 8
     samples: int | None = 128
     max_length: int = 2048
+    tokens: Tokens = "all"

@@ -45,6 +45,7 @@ class StatisticsHeader:
         samples: how many samples were run.
         tokens: which tokens count, ``all`` or ``answer``.
         groups: the layers of each group, by module name; they share their inputs.
+        weights: digests of the layers' weights, as in ``groups``.
         cols: length of each group's inputs.
     """
 
@@ -54,6 +55,7 @@ class StatisticsHeader:
     samples: int
     tokens: str
     groups: tuple[tuple[str, ...], ...]
+    weights: tuple[tuple[str, ...], ...]
     cols: tuple[int, ...]
 
     def metadata(self) -> dict[str, str]:
@@ -65,7 +67,8 @@ class StatisticsHeader:
             "samples": str(self.samples),
             "tokens": self.tokens,
         }
-        return {"tailor_format": FORMAT, **body, "groups": json.dumps(self.groups)}
+        names = {"groups": json.dumps(self.groups), "weights": json.dumps(self.weights)}
+        return {"tailor_format": FORMAT, **body, **names}
 
     def layout(self) -> Layout:
         """The file, before a number is known."""
@@ -103,13 +106,25 @@ class Statistics:
             name: index for index, group in enumerate(self.header.groups) for name in group
         }
 
-    def check_model(self, root: str, role: str) -> None:
+    def check_model(self, root: str, role: str, weights: Mapping[str, str] | None = None) -> None:
         """Check that the statistics are of the model with this digest.
+
+        Args:
+            root: digest of the whole model.
+            role: what the model is, for the message.
+            weights: digests of layers' weights by module name, for a model in another layout than
+                the one that was run: with equal weights it is the same model.
 
         Raises:
             InputError: they are of another model.
         """
-        if root != self.header.model_root:
+        ours = {
+            name: digest
+            for group, digests in zip(self.header.groups, self.header.weights, strict=True)
+            for name, digest in zip(group, digests, strict=True)
+        }
+        same = bool(weights) and ours.items() >= (weights or {}).items()
+        if root != self.header.model_root and not same:
             raise InputError(
                 f"{self._checkpoint.path}: these statistics are of another model (digest"
                 f" {self.header.model_root}) than {role} ({root}); expected the same weights;"
@@ -179,7 +194,10 @@ def _parse(checkpoint: Checkpoint) -> StatisticsHeader:
             f" {FORMAT!r}, as `tailor-fast calibrate` writes"
         )
     try:
-        groups = tuple(tuple(map(str, group)) for group in json.loads(metadata["groups"]))
+        groups, weights = (
+            tuple(tuple(map(str, group)) for group in json.loads(metadata[name]))
+            for name in ("groups", "weights")
+        )
         kind = metadata["kind"]
         sums = "gram" if kind == "full" else "diag"
         cols = tuple(checkpoint.tensors[f"g{i}.{sums}"].shape[0] for i in range(len(groups)))
@@ -190,6 +208,7 @@ def _parse(checkpoint: Checkpoint) -> StatisticsHeader:
             int(metadata["samples"]),
             metadata["tokens"],
             groups,
+            weights,
             cols,
         )
     except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -199,7 +218,8 @@ def _parse(checkpoint: Checkpoint) -> StatisticsHeader:
         ) from None
     planned = header.layout().tensors
     found = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-    if found != {name: (place.dtype, place.shape) for name, place in planned.items()}:
+    expected = {name: (place.dtype, place.shape) for name, place in planned.items()}
+    if found != expected or list(map(len, groups)) != list(map(len, weights)):
         raise InputError(
             f"{checkpoint.path}: its tensors are not those that its metadata announces; expected"
             " what `tailor-fast calibrate` writes"

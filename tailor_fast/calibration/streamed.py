@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -44,13 +44,25 @@ class StreamedModel:
         source: the checkpoint whose weights the model runs with.
         keys: state-dict name -> tensor name on disk.
         device: where it runs.
+        read: gives a tensor by its name on disk; None reads it from ``source``.
+
+    Attributes:
+        source: the same.
     """
 
-    def __init__(self, source: Hashed, keys: Mapping[str, str], device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Hashed,
+        keys: Mapping[str, str],
+        device: torch.device,
+        read: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
         self.model: PreTrainedModel = skeleton_of(source)
         self._dtype = run_dtype(self.model)
-        self._source = source
-        self._keys = keys
+        self.source = source
+        known = source.checkpoint.tensors
+        self._keys = {name: key for name, key in keys.items() if key in known}
+        self._read = source.read if read is None else read
         self._device = device
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -65,7 +77,7 @@ class StreamedModel:
 
     def _load(self, name: str) -> torch.Tensor | None:
         key = self._keys.get(name)
-        return None if key is None else self.to_run(self._source.read(key))
+        return None if key is None else self.to_run(self._read(key))
 
 
 def attach(stack: ExitStack, *models: StreamedModel | None) -> None:

@@ -1,9 +1,12 @@
 """Checkpoints: safetensors in, safetensors out, strict, streaming and atomic. Knows no op.
 
-``open_checkpoint`` reads, ``match_pair`` compares BASE and TUNED, ``plan_layout`` lays an output
-out from headers alone, ``StagedCheckpoint`` writes it: OUT is absent or complete.
+``open_checkpoint`` reads, ``open_tuned`` an adapter too, ``join_pair`` compares BASE and TUNED,
+``plan_layout`` lays an output out from headers alone, ``StagedCheckpoint`` writes it: OUT is absent
+or complete.
 """
 
+from tailor_fast.checkpoint.adapter import Renamed, adapter_files, is_adapter, open_tuned
+from tailor_fast.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from tailor_fast.checkpoint.card import model_card, model_name, read_license
 from tailor_fast.checkpoint.dtypes import DTYPES, byte_size, dtype_name, torch_dtype
 from tailor_fast.checkpoint.errors import (
@@ -15,10 +18,12 @@ from tailor_fast.checkpoint.errors import (
     MismatchError,
     MissingFileError,
     NoSpaceError,
+    NotDurableError,
     NotSafetensorsError,
     OutputExistsError,
     OutputLockedError,
     OutputPlaceError,
+    ResumeError,
     TransferError,
     TruncatedError,
     UnsupportedDtypeError,
@@ -26,7 +31,8 @@ from tailor_fast.checkpoint.errors import (
 from tailor_fast.checkpoint.hashed import Hashed
 from tailor_fast.checkpoint.hashing import HashName, TensorHasher, checkpoint_root
 from tailor_fast.checkpoint.hub import is_hub_name, local_path
-from tailor_fast.checkpoint.pair import TensorPair, match_pair
+from tailor_fast.checkpoint.journal import Resume, ResumeMode
+from tailor_fast.checkpoint.pair import Joined, Origin, Side, join_pair, match_pair, refuse_shape
 from tailor_fast.checkpoint.plan import Layout, Placement, TensorSpec, plan_layout
 from tailor_fast.checkpoint.reader import Checkpoint, ShardInfo, TensorInfo, open_checkpoint
 from tailor_fast.checkpoint.records import (
@@ -37,6 +43,7 @@ from tailor_fast.checkpoint.records import (
 )
 from tailor_fast.checkpoint.sidefiles import CARD_NAME, MANIFEST_NAME, REPORT_NAME
 from tailor_fast.checkpoint.sizes import parse_size, shown_size
+from tailor_fast.checkpoint.source import TensorSource
 from tailor_fast.checkpoint.writer import StagedCheckpoint, StagedFile
 
 __all__ = [
@@ -44,6 +51,7 @@ __all__ = [
     "DTYPES",
     "MANIFEST_NAME",
     "REPORT_NAME",
+    "AdapterConfig",
     "ChangedError",
     "Checkpoint",
     "CheckpointError",
@@ -53,40 +61,54 @@ __all__ = [
     "HashName",
     "Hashed",
     "IncompleteError",
+    "Joined",
     "Layout",
     "MalformedError",
     "MismatchError",
     "MissingFileError",
     "NoSpaceError",
+    "NotDurableError",
     "NotSafetensorsError",
+    "Origin",
     "OutputExistsError",
     "OutputLockedError",
     "OutputPlaceError",
     "Placement",
+    "Renamed",
+    "Resume",
+    "ResumeError",
+    "ResumeMode",
     "ShardInfo",
+    "Side",
     "StagedCheckpoint",
     "StagedFile",
     "TensorHasher",
     "TensorInfo",
-    "TensorPair",
+    "TensorSource",
     "TensorSpec",
     "TransferError",
     "TruncatedError",
     "UnsupportedDtypeError",
+    "adapter_files",
     "build_manifest",
     "byte_size",
     "checkpoint_root",
     "dtype_name",
     "input_record",
+    "is_adapter",
     "is_hub_name",
+    "join_pair",
     "local_path",
     "match_pair",
     "model_card",
     "model_name",
     "open_checkpoint",
+    "open_tuned",
     "parse_size",
     "plan_layout",
+    "read_adapter_config",
     "read_license",
+    "refuse_shape",
     "shown_size",
     "torch_dtype",
 ]

@@ -5,11 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tailor_fast._core.regular import read_regular
 from tailor_fast.checkpoint.hub import REPOSITORY
 from tailor_fast.checkpoint.sidefiles import CARD_NAME
 
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
-_CARD_LIMIT = 2**20  # characters of a card or a configuration that are looked at
+_LIMIT = 2**20  # bytes of a card or a configuration that are looked at
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the hub's local cache
 
 
@@ -25,8 +26,7 @@ def model_name(path: Path) -> str:
         if cached is not None:
             return f"{cached[1]}/{cached[2]}"
     try:
-        with (absolute / "config.json").open(encoding="utf-8") as file:
-            told = json.loads(file.read(_CARD_LIMIT))["_name_or_path"]
+        told = json.loads(read_regular(absolute / "config.json", _LIMIT))["_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         told = None  # the reader of the checkpoint says what is wrong with it
     named = REPOSITORY.fullmatch(told) if isinstance(told, str) else None
@@ -36,10 +36,10 @@ def model_name(path: Path) -> str:
 def read_license(directory: Path) -> str | None:
     """Return the ``license`` of the model card in ``directory``; None when it names none."""
     path = directory / CARD_NAME
-    if not path.is_file():
+    try:
+        text = read_regular(path)[:_LIMIT].decode("utf-8", "replace").replace("\r\n", "\n")
+    except OSError:  # no card, or none that can be read: then it names no license
         return None
-    with path.open(encoding="utf-8", errors="replace") as card:
-        text = card.read(_CARD_LIMIT)
     if not text.startswith("---\n"):
         return None
     match = _LICENSE.search(text[4:].split("\n---", 1)[0])

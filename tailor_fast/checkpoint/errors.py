@@ -107,6 +107,10 @@ class OutputPlaceError(CheckpointError, OutputError):
     """OUT cannot be made there: no parent directory, no permission, inside an input."""
 
 
+class ResumeError(CheckpointError, OutputError):
+    """What an earlier run left does not fit this one, or there is none to go on from."""
+
+
 class NoSpaceError(CheckpointError, OutputError):
     """The disk is too small for the output; nothing was written."""
 
@@ -117,6 +121,10 @@ class IncompleteError(CheckpointError, OutputError):
 
 class TransferError(CheckpointError, StorageError):
     """The operating system failed to read or write at some offset."""
+
+
+class NotDurableError(TransferError):
+    """The system could not put on disk what it had taken: nobody knows what is there."""
 
 
 class DiskFullError(TransferError):

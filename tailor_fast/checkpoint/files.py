@@ -17,9 +17,11 @@ from tailor_fast.checkpoint.errors import (
     CheckpointError,
     DiskFullError,
     MissingFileError,
+    NotDurableError,
     OutputPlaceError,
     TransferError,
     TruncatedError,
+    quoted,
 )
 
 DISK_FULL = {
@@ -92,6 +94,13 @@ def output_error(error: OSError, path: AnyPath, doing: str) -> CheckpointError:
     return TransferError(f"{doing} failed: {error.strerror}", path=path)
 
 
+def durable_error(error: OSError, path: AnyPath, doing: str) -> NotDurableError:
+    """Turn the failure of an fsync or the like into a typed error."""
+    if error.errno in DISK_FULL:
+        return NotDurableError(f"{DISK_FULL[error.errno]} while {doing}", path=path)
+    return NotDurableError(f"{doing} failed: {error.strerror}", path=path)
+
+
 def list_names(directory: Path) -> list[str]:
     """Return the names in ``directory``, sorted.
 
@@ -119,10 +128,15 @@ def open_input(path: AnyPath) -> int:
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        kind = next((text for matches, text in _KINDS if matches(mode)), "special")
-        problem = f"must be a regular file; it is {kind}"
-        raise MissingFileError(problem, path=path, remedy="check the path")
+        raise irregular(mode, path)
     return fd
+
+
+def irregular(mode: int, path: AnyPath) -> MissingFileError:
+    """The error about an input that is no regular file, from its mode."""
+    kind = next((text for matches, text in _KINDS if matches(mode)), "special")
+    problem = f"must be a regular file; it is {kind}"
+    return MissingFileError(problem, path=path, remedy="check the path")
 
 
 def read_exact(
@@ -194,3 +208,26 @@ def byte_view(buffer: object, *, writable: bool) -> memoryview:
     if not view.c_contiguous:
         raise ValueError(f"buffer must be contiguous; got strides {view.strides}")
     return view.cast("B") if view.nbytes else memoryview(bytearray())
+
+
+def window(
+    name: str, nbytes: int, buffer: object, begin: int, end: int | None
+) -> tuple[memoryview, int]:
+    """Check the arguments of ``read_into`` for tensor ``name`` of ``nbytes`` bytes.
+
+    Returns:
+        The bytes to fill, and one past the last byte to read.
+
+    Raises:
+        TypeError, ValueError: buffer not usable or too small, range outside the tensor.
+    """
+    end = nbytes if end is None else end
+    view = byte_view(buffer, writable=True)
+    if not 0 <= begin <= end <= nbytes:
+        raise ValueError(
+            f"read_into: range must lie in [0, {nbytes}] of {quoted(name)}; got [{begin}, {end}]"
+        )
+    count = end - begin
+    if len(view) < count:
+        raise ValueError(f"read_into: buffer must have {count} bytes; got {len(view)}")
+    return view[:count], end

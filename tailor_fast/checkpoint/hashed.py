@@ -1,12 +1,14 @@
 """A checkpoint whose tensors are hashed as they pass by, so that each is read once."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
 
 import torch
 
 from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.checkpoint.hashing import TensorHasher, checkpoint_root
-from tailor_fast.checkpoint.reader import Checkpoint
+from tailor_fast.checkpoint.source import TensorSource
 
 
 class Hashed:
@@ -15,12 +17,25 @@ class Hashed:
     Different tensors may be read by different threads; the parts of one tensor by one at a time.
 
     Attributes:
-        checkpoint: the open files.
+        checkpoint: the open files, or a view over them.
         digests: tensor name -> digest of what was read whole so far.
+
+    Args:
+        checkpoint: what is read.
+        base: what a view is made of, hashed on its own.
+        shared: tensors that are the base's own words, so that one reading serves both.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        *,
+        base: Hashed | None = None,
+        shared: Collection[str] = (),
+    ) -> None:
         self.checkpoint = checkpoint
+        self._base = base
+        self._shared = frozenset(shared)
         self.digests: dict[str, str] = {}
         self._begun: dict[str, tuple[TensorHasher, int]] = {}  # and how many bytes it has seen
 
@@ -45,13 +60,24 @@ class Hashed:
             if count:
                 yield begin, memoryview(buffer)[:count]
 
+    def unread(self, name: str) -> bool:
+        """Whether tensor ``name`` must be read for its digest."""
+        if name in self.digests or name not in self.checkpoint.tensors:
+            return False
+        return self._base is None or name not in self._shared
+
+    def digest(self, name: str, buffer: bytearray | memoryview) -> str:
+        """Return the digest of tensor ``name``, which is read if it was not."""
+        if name not in self.digests and not self.unread(name) and self._base is not None:
+            self.digests[name] = self._base.digest(name, buffer)
+        if name not in self.digests:
+            for _ in self.blocks(name, buffer):
+                pass
+        return self.digests[name]
+
     def finish(self, buffer: bytearray | memoryview) -> dict[str, str]:
         """Hash what was not read so far, and return every digest in the order of the files."""
-        for name in self.checkpoint.tensors:
-            if name not in self.digests:
-                for _ in self.blocks(name, buffer):
-                    pass
-        return {name: self.digests[name] for name in self.checkpoint.tensors}
+        return {name: self.digest(name, buffer) for name in self.checkpoint.tensors}
 
     def root(self, buffer: bytearray | memoryview) -> str:
         """Identity of the whole checkpoint, however it is distributed over files."""

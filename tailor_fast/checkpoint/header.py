@@ -6,7 +6,7 @@ shapes that no memory could hold. Source of the rules: the format's README and i
 
 Whatever the 100 MB that a header may have hold, reading them takes about 200 MB and two seconds at
 most: the limits on tensors, names and metadata, several times what the largest models have, see to
-it.
+it. A reader of another kind of file, of one that has more to say, gives limits of its own.
 """
 
 import math
@@ -41,6 +41,17 @@ MAX_NAMES_BYTES = 1 << 24  # of all names together
 MAX_METADATA_BYTES = 1 << 24
 MAX_METADATA_KEYS = 1 << 14
 METADATA_KEY = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the headers of one input may hold: tensors, and bytes of metadata as written."""
+
+    tensors: int
+    metadata_bytes: int
+
+
+CHECKPOINT_LIMITS = Limits(MAX_TENSORS, MAX_METADATA_BYTES)
 _HUB_HEADER_BYTES = 25_000_000  # huggingface_hub refuses longer ones
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # some are commands to a terminal
 _FIELDS = ("dtype", "shape", "data_offsets")
@@ -120,20 +131,23 @@ def header_length(prefix: bytes, file_size: int, path: AnyPath) -> int:
     raise TruncatedError(problem, path=path, remedy=_AGAIN)
 
 
-def parse_header(text: bytes | bytearray, data_bytes: int, path: AnyPath) -> Header:
+def parse_header(
+    text: bytes | bytearray, data_bytes: int, path: AnyPath, limits: Limits = CHECKPOINT_LIMITS
+) -> Header:
     """Parse the N header bytes of a file that has ``data_bytes`` bytes after them.
 
     Args:
         text: the JSON, without the length in front of it.
         data_bytes: bytes of the file behind the header.
         path: the file, for the messages.
+        limits: what it may hold.
 
     Raises:
         MalformedError: a rule of the format, or one of ours, is broken.
         UnsupportedDtypeError: a dtype that the format does not have.
         TruncatedError: the data are shorter than the header says.
     """
-    entries, metadata = _members(Scanner(text), path)
+    entries, metadata = _members(Scanner(text), path, limits)
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_tiling(entries, data_bytes, path)
     warnings = [f"{shown_path(path)}: {warning}" for warning in _warnings(text, entries)]
@@ -146,7 +160,7 @@ def _malformed(
     raise MalformedError(problem, path=path, tensor=tensor, remedy=remedy)
 
 
-def _members(scanner: Scanner, path: AnyPath) -> tuple[list[Entry], dict[str, str]]:
+def _members(scanner: Scanner, path: AnyPath, limits: Limits) -> tuple[list[Entry], dict[str, str]]:
     entries: list[Entry] = []
     metadata: dict[str, str] = {}
     seen = _Seen({})
@@ -156,11 +170,11 @@ def _members(scanner: Scanner, path: AnyPath) -> tuple[list[Entry], dict[str, st
         for name in scanner.members():
             within = name
             if name == METADATA_KEY:
-                metadata = _metadata(scanner)
+                metadata = _metadata(scanner, limits.metadata_bytes)
                 within = None
                 continue
-            if len(entries) == MAX_TENSORS:
-                problem = f"must have at most {MAX_TENSORS} tensors; got more"
+            if len(entries) == limits.tensors:
+                problem = f"must have at most {limits.tensors} tensors; got more"
                 _malformed(problem, path, remedy="leave out what is not a weight")
             nbytes = len(name) if name.isascii() else len(name.encode())
             if not 0 < nbytes <= MAX_NAME_BYTES or _CONTROL.search(name):
@@ -180,13 +194,13 @@ def _members(scanner: Scanner, path: AnyPath) -> tuple[list[Entry], dict[str, st
     return entries, metadata
 
 
-def _metadata(scanner: Scanner) -> dict[str, str]:
+def _metadata(scanner: Scanner, most: int) -> dict[str, str]:
     metadata: dict[str, str] = {}
     begin = scanner.at
     for key in scanner.members():
-        metadata[key] = scanner.string(MAX_METADATA_BYTES)
-        if len(metadata) > MAX_METADATA_KEYS or scanner.at - begin > MAX_METADATA_BYTES:
-            limits = f"{MAX_METADATA_KEYS} keys and {MAX_METADATA_BYTES} bytes"
+        metadata[key] = scanner.string(most)
+        if len(metadata) > MAX_METADATA_KEYS or scanner.at - begin > most:
+            limits = f"{MAX_METADATA_KEYS} keys and {most} bytes"
             raise JsonError(f"expected at most {limits}, found more at byte {scanner.at}")
     return metadata
 

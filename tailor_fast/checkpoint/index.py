@@ -30,6 +30,7 @@ SUFFIX = ".safetensors"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_INDEX_BYTES = 64 * 2**20
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # a separator or a drive on any system
@@ -106,6 +107,9 @@ def _in_directory(directory: Path, names: list[str]) -> Source:
 def _refuse_directory(directory: Path, names: list[str]) -> None:
     others = [name for name in names if name.endswith((SUFFIX, INDEX_SUFFIX))]
     problem = f"must hold {SINGLE_NAME} or {INDEX_NAME}"
+    if ADAPTER_CONFIG in names:
+        remedy = "give it as TUNED, and the model that it was trained on as BASE"
+        raise MissingFileError(f"{problem}; it is a PEFT adapter", path=directory, remedy=remedy)
     if others:
         remedy = "give the file itself"
         raise MissingFileError(f"{problem}; got {listed(others)}", path=directory, remedy=remedy)

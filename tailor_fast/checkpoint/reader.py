@@ -23,18 +23,19 @@ from tailor_fast.checkpoint.errors import (
     quoted,
     shown_path,
 )
-from tailor_fast.checkpoint.files import Snapshot, byte_view, open_input, read_exact
+from tailor_fast.checkpoint.files import Snapshot, open_input, read_exact, window
 from tailor_fast.checkpoint.gate import Gate
 from tailor_fast.checkpoint.header import (
-    MAX_TENSORS,
+    CHECKPOINT_LIMITS,
     PREFIX_BYTES,
     Header,
+    Limits,
     header_length,
     parse_header,
 )
 from tailor_fast.checkpoint.hub import local_path
 from tailor_fast.checkpoint.index import Source, locate
-from tailor_fast.checkpoint.sidefiles import side_files
+from tailor_fast.checkpoint.sidefiles import refuse_irregular, side_files
 
 _ONE_REVISION = "fetch index and files again, from one revision"
 _PREFIX_PROBE = 64  # enough to recognise what a file is that is not safetensors
@@ -91,14 +92,21 @@ class Checkpoint:
         tensors: by name, in the order of their bytes, file after file.
         shards: the files, sorted by name.
         warnings: legal but suspicious facts, a sentence each.
+        settings, inherited, reading_bytes: nothing; see ``TensorSource``.
     """
 
-    def __init__(self, path: Path, source: Source, *, drop_cache: bool) -> None:
+    settings: tuple[Path, ...] = ()
+    inherited: frozenset[str] = frozenset()
+    reading_bytes = 0
+
+    def __init__(self, path: Path, source: Source, *, drop_cache: bool, limits: Limits) -> None:
         """Open every file and read every header; see ``open_checkpoint``."""
         self.path = path
         lone = source.weight_map is None and not path.is_dir()
         self.directory = None if lone else source.directory
-        self._drop_cache = drop_cache
+        if self.directory is not None:
+            refuse_irregular(self.directory)
+        self._drop_cache, self._limits, self._vouched = drop_cache, limits, False
         self._gate = Gate(path)
         self._files: dict[str, tuple[int, Path]] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -109,7 +117,7 @@ class Checkpoint:
                 shard, header = self._open_shard(source.directory / name)
                 shards.append(shard)
                 warnings += header.warnings
-                _collect(header, shard, tensors)
+                _collect(header, shard, tensors, limits)
             _check_distinct(shards)
             warnings += _check_index(path, source, tensors)
         except BaseException:
@@ -128,7 +136,7 @@ class Checkpoint:
         length = header_length(bytes(prefix), snapshot.size, path)
         text = bytearray(length)
         read_exact(fd, memoryview(text), PREFIX_BYTES, path)
-        header = parse_header(text, snapshot.size - PREFIX_BYTES - length, path)
+        header = parse_header(text, snapshot.size - PREFIX_BYTES - length, path, self._limits)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         digest = hashlib.sha256(prefix[:PREFIX_BYTES])
         digest.update(text)
@@ -154,6 +162,15 @@ class Checkpoint:
         """Every place the checkpoint lives in: an output must not touch one of them."""
         places = [self.path, *(shard.path.resolve() for shard in self.shards)]
         return tuple(dict.fromkeys(places))
+
+    @property
+    def processor_directory(self) -> Path | None:
+        """As ``directory``."""
+        return self.directory
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds tensor ``name``."""
+        return next(s.path for s in self.shards if s.file_name == self.tensors[name].shard)
 
     def empty(self, name: str) -> torch.Tensor:
         """Return memory for tensor ``name``, not yet filled.
@@ -201,19 +218,11 @@ class Checkpoint:
             TransferError: the system reports an error; the message has file and offset.
         """
         info = self.tensors[name]
-        end = info.nbytes if end is None else end
-        view = byte_view(buffer, writable=True)
-        if not 0 <= begin <= end <= info.nbytes:
-            raise ValueError(
-                f"read_into: range must lie in [0, {info.nbytes}] of {quoted(name)};"
-                f" got [{begin}, {end}]"
-            )
-        count = end - begin
-        if len(view) < count:
-            raise ValueError(f"read_into: buffer must have {count} bytes; got {len(view)}")
+        view, end = window(name, info.nbytes, buffer, begin, end)
+        count, self._vouched = end - begin, False
         with self._gate:
             fd, path = self._files[info.shard]
-            read_exact(fd, view[:count], info.offset + begin, path, name)
+            read_exact(fd, view, info.offset + begin, path, name)
             if self._drop_cache and count:
                 os.posix_fadvise(fd, info.offset + begin, count, os.POSIX_FADV_DONTNEED)
         return count
@@ -224,6 +233,7 @@ class Checkpoint:
         Raises:
             ChangedError: size, time or identity of a file differ.
         """
+        self._vouched = False
         with self._gate:
             for shard in self.shards:
                 now = Snapshot.of(self._files[shard.file_name][0])
@@ -233,13 +243,13 @@ class Checkpoint:
                         f" {now.size}, time {shard.snapshot.mtime_ns} to {now.mtime_ns})"
                     )
                     raise ChangedError(problem, path=shard.path, remedy="run again")
+        self._vouched = True
 
     def close(self) -> None:
-        """Close all files; raises ``ChangedError`` when one was changed since it was opened."""
-        if not self._files:
-            return
+        """Close all files; ``check_unchanged`` first, unless nothing was read since it."""
         try:
-            self.check_unchanged()
+            if self._files and not self._vouched:  # else an output may stand that was made of it
+                self.check_unchanged()
         finally:
             self._release()
 
@@ -265,7 +275,9 @@ class Checkpoint:
             os.close(self._files.popitem()[1][0])
 
 
-def open_checkpoint(path: AnyPath, *, drop_cache: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: AnyPath, *, drop_cache: bool = False, limits: Limits = CHECKPOINT_LIMITS
+) -> Checkpoint:
     """Open a checkpoint and check all its headers; no tensor is read.
 
     Args:
@@ -274,6 +286,7 @@ def open_checkpoint(path: AnyPath, *, drop_cache: bool = False) -> Checkpoint:
             ``local_path`` finds in the local cache.
         drop_cache: tell the system to forget what was read, for checkpoints that would push more
             useful files out of the page cache.
+        limits: what its headers may hold.
 
     Raises:
         MissingFileError: nothing there, a shard is missing, no permission, no regular file.
@@ -284,26 +297,22 @@ def open_checkpoint(path: AnyPath, *, drop_cache: bool = False) -> Checkpoint:
         TransferError: the system failed to read.
     """
     path = local_path(path)
-    return Checkpoint(path, locate(path), drop_cache=drop_cache)
+    return Checkpoint(path, locate(path), drop_cache=drop_cache, limits=limits)
 
 
-def _collect(header: Header, shard: ShardInfo, tensors: dict[str, TensorInfo]) -> None:
-    if len(tensors) + len(header.entries) > MAX_TENSORS:
-        problem = f"a checkpoint must have at most {MAX_TENSORS} tensors; got more"
+def _collect(
+    header: Header, shard: ShardInfo, tensors: dict[str, TensorInfo], limits: Limits
+) -> None:
+    if len(tensors) + len(header.entries) > limits.tensors:
+        problem = f"a checkpoint must have at most {limits.tensors} tensors; got more"
         raise MalformedError(problem, path=shard.path, remedy="leave out what is not a weight")
     for entry in header.entries:
         if entry.name in tensors:
             other = tensors[entry.name].shard
             problem = f"must be in one file only; it is in {quoted(other)} too"
             raise MalformedError(problem, path=shard.path, tensor=entry.name, remedy=_ONE_REVISION)
-        tensors[entry.name] = TensorInfo(
-            entry.name,
-            entry.dtype,
-            entry.shape,
-            shard.file_name,
-            header.data_begin + entry.begin,
-            entry.end - entry.begin,
-        )
+        place = shard.file_name, header.data_begin + entry.begin, entry.end - entry.begin
+        tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, *place)
 
 
 def _check_distinct(shards: list[ShardInfo]) -> None:

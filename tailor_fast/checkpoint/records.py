@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tailor_fast.checkpoint.hashing import HashName, checkpoint_root
-from tailor_fast.checkpoint.reader import Checkpoint
+from tailor_fast.checkpoint.source import TensorSource
 
 MANIFEST_FORMAT = "tailor-manifest/1"
 
@@ -43,7 +43,7 @@ class CheckpointRecord:
 
 
 def input_record(
-    checkpoint: Checkpoint, digests: Mapping[str, str], algorithm: HashName = "xxh3-128"
+    checkpoint: TensorSource, digests: Mapping[str, str], algorithm: HashName = "xxh3-128"
 ) -> CheckpointRecord:
     """Record an input from the digests that were taken while it was read.
 

@@ -3,13 +3,19 @@
 import errno
 import os
 import threading
-from bisect import bisect_left
 from collections.abc import Mapping
 
 import torch
 
+from tailor_fast.checkpoint.coverage import Coverage
 from tailor_fast.checkpoint.errors import IncompleteError, NoSpaceError, TransferError, quoted
-from tailor_fast.checkpoint.files import DISK_FULL, output_error, read_exact, write_exact
+from tailor_fast.checkpoint.files import (
+    DISK_FULL,
+    durable_error,
+    output_error,
+    read_exact,
+    write_exact,
+)
 from tailor_fast.checkpoint.hashing import HashName, TensorHasher
 from tailor_fast.checkpoint.plan import Placement, ShardPlan
 from tailor_fast.checkpoint.sizes import shown_size
@@ -19,36 +25,7 @@ from tailor_fast.checkpoint.syscalls import finish_writeback, reserve, start_wri
 _WINDOW = 64 * 2**20  # at most three windows per file are dirty: filling, being written, awaited
 _REREAD = 8 * 2**20
 _PAGE = 4096
-
-
-class Coverage:
-    """Which bytes of ``[0, size)`` have been taken: sorted, disjoint, merged spans."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.spans: list[tuple[int, int]] = []
-
-    def take(self, begin: int, end: int) -> bool:
-        """Add ``[begin, end)``; False, and nothing added, when a byte of it was taken before."""
-        at = bisect_left(self.spans, (begin, end))
-        before = self.spans[at - 1] if at else (-1, -1)
-        after = self.spans[at] if at < len(self.spans) else (end + 1, end + 1)
-        if begin < before[1] or after[0] < end:
-            return False
-        low, high = at, at
-        if before[1] == begin:
-            begin, low = before[0], at - 1
-        if after[0] == end:
-            end, high = after[1], at + 1
-        self.spans[low:high] = [(begin, end)]
-        return True
-
-    def missing(self, size: int) -> tuple[int, int]:
-        """Return the first untaken span of ``[0, size)``; empty when there is none."""
-        first = [*self.spans, (size, size)]
-        if first[0][0] > 0:
-            return 0, first[0][0]
-        return first[0][1], first[1][0] if len(first) > 1 else size
+PART = ".part"  # ends the name of a file that is not whole and durable yet
 
 
 class _Tensor:
@@ -176,9 +153,21 @@ class ShardFile:
         algorithm: HashName,
         *,
         drop_cache: bool,
+        past: Mapping[str, str] | None = None,
     ) -> None:
-        """Create the file, reserve its bytes on disk and write its header."""
+        """Create the file, reserve its bytes on disk and write its header.
+
+        Args:
+            staging: where.
+            plan: the file.
+            placements: of its tensors.
+            algorithm: of the tensor digests.
+            drop_cache: do not keep it in the page cache.
+            past: digests of the tensors that an earlier run says it has finished; those that are on
+                disk are finished from the start.
+        """
         self.plan = plan
+        self._name = plan.file_name + PART
         self.digests: dict[str, str] = {}
         self._finished = False
         self._finishing = threading.Lock()
@@ -190,13 +179,35 @@ class ShardFile:
         self._lock = threading.Lock()
         self._tensors: dict[str, _Tensor] = {}
         self._left = plan.size - len(plan.header)
-        self._past_cache = _PastCache(staging, plan.file_name, self._path)
-        self._fd = staging.create(plan.file_name)
+        self._past_cache = _PastCache(staging, self._name, self._path)
+        self._fd = self._take_over() if past is not None else staging.create(self._name)
         try:
             self._reserve()
             write_exact(self._fd, memoryview(plan.header), 0, self._path)
+            self._believe(past or {})
         finally:
             self.close()
+
+    def _take_over(self) -> int:
+        """Open what an earlier run has of the file."""
+        names = self._staging.names()
+        if self.plan.file_name in names:  # whole then; it may have been damaged since
+            self._staging.rename(self.plan.file_name, self._name)
+        elif self._name not in names:
+            return self._staging.create(self._name)
+        return self._staging.reopen(self._name)
+
+    def _believe(self, past: Mapping[str, str]) -> None:
+        """Take tensors as finished whose words on disk have the digest that is claimed."""
+        size = os.fstat(self._fd).st_size
+        for name in self.plan.tensors:
+            placement = self._placements[name]
+            if name not in past or placement.offset + placement.nbytes > size:
+                continue
+            digest = _Tensor(placement, self._algorithm).digest(self._fd, self._path)
+            if digest == past[name]:
+                self.digests[name] = digest
+                self._left -= placement.nbytes
 
     def _reserve(self) -> None:
         try:
@@ -253,6 +264,11 @@ class ShardFile:
         if last:
             self.finish()
 
+    @property
+    def whole(self) -> bool:
+        """Whether every byte was written."""
+        return self._left == 0
+
     def check_complete(self) -> None:
         """Raise ``IncompleteError`` when bytes are missing."""
         if self._left == 0:
@@ -278,9 +294,30 @@ class ShardFile:
             try:
                 os.fsync(self._opened())
             except OSError as error:
-                raise output_error(error, self._path, "making the file durable") from error
+                raise durable_error(error, self._path, "making the file durable") from error
             self.close()
+            self._staging.rename(self._name, self.plan.file_name)
             self._finished = True
+
+    def sync(self) -> None:
+        """Make what was written so far durable."""
+        with self._finishing:
+            if self._finished or self._fd < 0:
+                return
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                raise durable_error(error, self._path, "making the file durable") from error
+
+    def read(self, name: str, view: memoryview) -> None:
+        """Read back a finished tensor."""
+        with self._finishing:
+            written = self.plan.file_name if self._finished else self._name
+            fd = self._staging.reopen(written)
+        try:
+            read_exact(fd, view, self._placements[name].offset, self._path, name)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -293,11 +330,11 @@ class ShardFile:
     def _opened(self) -> int:
         with self._lock:
             if self._fd < 0:
-                self._fd = self._staging.reopen(self.plan.file_name)
+                self._fd = self._staging.reopen(self._name)
             return self._fd
 
     def _sync_behind(self, fd: int, offset: int, count: int) -> None:
         try:
             self._behind.add(fd, offset, count)
         except OSError as error:
-            raise output_error(error, self._path, f"writing at byte {offset}") from error
+            raise durable_error(error, self._path, f"writing at byte {offset}") from error

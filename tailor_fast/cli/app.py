@@ -15,7 +15,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from tailor_fast._core.errors import TailorError
+from tailor_fast._core.env import launch
+from tailor_fast._core.errors import PeerError, StoppedError, TailorError
 from tailor_fast._version import __version__
 from tailor_fast.cli.apply import ApplyOptions, apply
 from tailor_fast.cli.backends import BackendsOptions, backends
@@ -23,17 +24,20 @@ from tailor_fast.cli.batch import BatchCommandOptions, batch
 from tailor_fast.cli.bench import BenchOptions, bench
 from tailor_fast.cli.calibrate import CalibrateOptions, calibrate
 from tailor_fast.cli.diff import DiffOptions, diff
+from tailor_fast.cli.evaluate import EvaluateOptions, evaluate
 from tailor_fast.cli.inspect import InspectOptions, inspect
 from tailor_fast.cli.options import Options
 from tailor_fast.cli.patch import PatchOptions, patch
 from tailor_fast.cli.plan import PlanOptions, plan
 from tailor_fast.cli.revert import RevertOptions, revert
+from tailor_fast.cli.stitch import StitchOptions, stitch
 from tailor_fast.cli.verify import VerifyOptions, verify
 
 PROGRAM = "tailor-fast"
 USAGE = 2
 STOPPED_BY_USER = 130
 TERMINATED = 143
+_SHARED = ("patch", "calibrate")  # that several processes can do together
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -66,7 +70,9 @@ def _app() -> typer.Typer:
     _add(app, PatchOptions, patch)
     _add(app, PlanOptions, plan)
     _add(app, BatchCommandOptions, batch)
+    _add(app, StitchOptions, stitch)
     _add(app, CalibrateOptions, calibrate)
+    _add(app, EvaluateOptions, evaluate)
     _add(app, DiffOptions, diff)
     _add(app, ApplyOptions, apply)
     _add(app, RevertOptions, revert)
@@ -97,6 +103,7 @@ def _add(app: typer.Typer, kind: type[OptionsT], run_command: Run[OptionsT]) -> 
 
     def command(**values: Any) -> None:
         options = kind(**values)
+        _refuse_several(run_command.__name__)
         raise typer.Exit(_guarded(lambda: run_command(options), verbose=options.verbose))
 
     hints = get_type_hints(kind, include_extras=True)
@@ -118,6 +125,18 @@ def _add(app: typer.Typer, kind: type[OptionsT], run_command: Run[OptionsT]) -> 
     app.command(run_command.__name__, help=run_command.__doc__)(command)
 
 
+def _refuse_several(name: str) -> None:
+    """A command that several processes cannot share is not run by each of them."""
+    start = launch()
+    if start.processes > 1 and start.by_torchrun and name not in _SHARED:
+        if start.rank == 0:
+            _complain(
+                f"{name} is the work of one process; got {start.processes}; start it without"
+                " torchrun"
+            )
+        raise typer.Exit(USAGE)
+
+
 def _guarded(run_command: Callable[[], int | None], *, verbose: bool) -> int:
     """Run a command; an error becomes its sentence on stderr and its exit code."""
     if verbose:
@@ -130,6 +149,13 @@ def _guarded(run_command: Callable[[], int | None], *, verbose: bool) -> int:
     except BaseException as error:
         # Whatever arrives after a signal comes of it: a library's own clean-up, cut short, may have
         # put its error in the place of ours.
+        if isinstance(error, PeerError):
+            return error.exit_code  # that process says why
+        if isinstance(error, StoppedError):
+            return _failed(error, verbose=verbose)
+        if stops.number is not None and _notes(error):
+            _complain(f"stopped; {_notes(error)}")
+            return StoppedError.exit_code
         if stops.number == signal.SIGTERM:
             _complain("terminated; nothing was written")
             return TERMINATED
@@ -145,11 +171,16 @@ def _failed(error: Exception, *, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     if isinstance(error, TailorError):
-        _complain(str(error))
+        _complain("; ".join(filter(None, (str(error), _notes(error)))))
         return error.exit_code
     again = "" if verbose else "; run again with -v to see where"
     _complain(f"unexpected {type(error).__name__}: {error}{again}")
     return 1
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way: what a run that failed half way has kept."""
+    return "; ".join(getattr(error, "__notes__", ()))
 
 
 class _Stops:
@@ -183,7 +214,7 @@ class _Stops:
 
 def _complain_of_usage(error: Any) -> None:
     sentence = error.format_message().rstrip(".")
-    if sentence:  # else the help was printed, because no command was given
+    if sentence and launch().rank == 0:  # else the help was printed, because no command was given
         path = error.ctx.command_path if error.ctx else PROGRAM
         _complain(f"{sentence}; see `{path} --help`")
 

@@ -22,44 +22,43 @@ class Kind(StrEnum):
     DIAG = "diag"
 
 
-class Tokens(StrEnum):
-    """Which tokens count."""
-
-    ALL = "all"
-    ANSWER = "answer"
-
-
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(BatchOptions, Quietable):
     """``MODEL --data DATA.jsonl -o STATS``."""
 
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint directory.")]
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint or adapter directory.")]
     data: Annotated[Path, typer.Option(metavar="DATA.jsonl", help="Samples to run through it.")]
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STATS", help="File to write.")]
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="BASE", help="The model that MODEL, a LoRA adapter, belongs to."),
+    ] = None
     kind: Annotated[
         Kind, typer.Option(help="The whole Gram of each layer's inputs, or its diagonal.")
     ] = Kind.FULL
-    tokens: Annotated[Tokens, typer.Option(help="Which tokens count.")] = Tokens.ALL
 
 
 def calibrate(options: CalibrateOptions) -> None:
     """Take the statistics of MODEL's layers on data, once for any number of recipes."""
     from tailor_fast import calibration
     from tailor_fast.cli.progress import shown
-    from tailor_fast.cli.settings import run_options
+    from tailor_fast.cli.settings import processes_of, run_options
 
-    with shown(options.quiet) as progress:
-        report = calibration.calibrate(
-            options.model,
-            options.data,
-            options.out,
-            kind=options.kind.value,
-            tokens=options.tokens.value,
-            options=run_options(options),
-            progress=progress,
-        )
-    if not options.quiet:
-        _show(report, options.out)
+    with processes_of(options) as processes:
+        quiet = options.quiet or processes.rank > 0
+        with shown(quiet) as progress:
+            report = calibration.calibrate(
+                options.model,
+                options.data,
+                options.out,
+                kind=options.kind.value,
+                base=options.base,
+                options=run_options(options, processes),
+                progress=progress,
+                processes=processes,
+            )
+        if not quiet:
+            _show(report, options.out)
 
 
 def _show(report: CalibrationReport, out: Path) -> None:

@@ -6,6 +6,7 @@ A field that was not given is None: the defaults live in ``Recipe`` and ``RunOpt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,14 @@ class RecipeOptions:
     sparsity: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="The same as 1 - density.", rich_help_panel=_SELECT),
+    ] = None
+    densities: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RE=SHARE",
+            help="Another density for layers whose name it finds; the first that does counts.",
+            rich_help_panel=_SELECT,
+        ),
     ] = None
     scope: Annotated[
         str | None,
@@ -124,6 +133,15 @@ class RecipeOptions:
             rich_help_panel=_SELECT,
         ),
     ] = None
+    missing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Where one side lacks tensors, the output has those of base or tuned; else an"
+            " error.",
+            rich_help_panel=_SELECT,
+        ),
+    ] = None
     decorate: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +169,15 @@ class RecipeOptions:
             rich_help_panel=_DECORATE,
         ),
     ] = None
+    refits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps in which the solve itself chooses the mask; 4 with old data, else 0: by"
+            " score.",
+            rich_help_panel=_DECORATE,
+        ),
+    ] = None
     group: Annotated[
         str | None,
         typer.Option(
@@ -169,6 +196,14 @@ class RecipeOptions:
             rich_help_panel=_DECORATE,
         ),
     ] = None
+
+
+class Tokens(StrEnum):
+    """Which tokens count."""
+
+    ALL = "all"
+    ANSWER = "answer"
+    OFFICIAL = "official"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +237,15 @@ class BatchOptions:
             metavar="N",
             help="Samples in one forward pass.",
             show_default="8",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    tokens: Annotated[
+        Tokens | None,
+        typer.Option(
+            help="Which tokens count: all but padding, those of the answers, or padding too, as in"
+            " the authors' script (official).",
+            show_default="all",
             rich_help_panel=_DATA,
         ),
     ] = None

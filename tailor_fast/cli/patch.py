@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,16 @@ from tailor_fast._core.errors import UsageError
 from tailor_fast.cli.plan import PlanOptions, plan
 
 if TYPE_CHECKING:
+    from tailor_fast._core.processes import Processes
     from tailor_fast.patching.report import Report
+
+
+class ResumeMode(StrEnum):
+    """What becomes of what an earlier run finished."""
+
+    AUTO = "auto"
+    REQUIRED = "required"
+    NEVER = "never"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,10 @@ class PatchOptions(PlanOptions):
     private: Annotated[
         bool, typer.Option("--private", help="Make REPO private, if it has to be made.")
     ] = False
+    resume: Annotated[
+        ResumeMode,
+        typer.Option(help="Go on from what an earlier run finished; never: start, leave nothing."),
+    ] = ResumeMode.AUTO
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be done, as `plan` does.")
     ] = False
@@ -42,24 +56,45 @@ class PatchOptions(PlanOptions):
 
 def patch(options: PatchOptions) -> None:
     """Keep the best few of TUNED's weights, adjusted, on BASE, and write the model to OUT."""
+    from tailor_fast.cli.settings import processes_of
+
+    with processes_of(options) as processes:
+        _refuse(options)
+        if options.dry_run:
+            if processes.rank == 0:
+                plan(options)
+            return
+        push = None
+        if options.push_to_hub is not None and processes.rank == 0:
+            from tailor_fast.integrations.hub import Push
+
+            push = Push(options.push_to_hub, private=options.private)
+        report = _run(options, processes)
+        if not options.quiet and processes.rank == 0:
+            _show(report, options)
+        if push is not None:
+            address = push.send(options.out)
+            if not options.quiet:
+                typer.echo(f"sent to {address}")
+
+
+def _refuse(options: PatchOptions) -> None:
+    """Refuse options that leave nothing to do."""
     if options.no_checkpoint and options.save_patch is None:
         raise UsageError("--no-checkpoint leaves nothing to write; expected --save-patch with it")
     if options.push_to_hub is not None and options.no_checkpoint:
         raise UsageError("--no-checkpoint leaves no model for --push-to-hub; leave one of them out")
     if options.private and options.push_to_hub is None:
         raise UsageError("--private is of use with --push-to-hub only")
-    if options.dry_run:
-        plan(options)
-        return
-    push = None
-    if options.push_to_hub is not None:
-        from tailor_fast.integrations.hub import Push
 
-        push = Push(options.push_to_hub, private=options.private)
+
+def _run(options: PatchOptions, processes: Processes) -> Report:
+    from contextlib import nullcontext
     from functools import partial
 
     from tailor_fast.cli.progress import shown
     from tailor_fast.cli.settings import recipe_of, run_options
+    from tailor_fast.cli.stopping import stopped_between_groups
     from tailor_fast.patching import checkpoints, saving
 
     run = checkpoints.patch_checkpoint
@@ -70,8 +105,12 @@ def patch(options: PatchOptions) -> None:
             checkpoint=not options.no_checkpoint,
         )
     recipe = recipe_of(options)
-    with shown(options.quiet) as progress:
-        report = run(
+    settings = replace(run_options(options, processes), resume=options.resume.value)
+    follows = processes.rank > 0  # silent, and stopped by process 0
+    stops = options.resume is not ResumeMode.NEVER and not follows
+    holding = stopped_between_groups if stops else nullcontext
+    with shown(options.quiet or follows) as shower, holding(shower) as progress:
+        return run(
             options.base,
             options.tuned,
             options.out,
@@ -79,15 +118,10 @@ def patch(options: PatchOptions) -> None:
             calibration=options.calibration,
             retain=options.retain,
             statistics=options.statistics,
-            options=run_options(options),
+            options=settings,
             progress=progress,
+            processes=processes,
         )
-    if not options.quiet:
-        _show(report, options)
-    if push is not None:
-        address = push.send(options.out)
-        if not options.quiet:
-            typer.echo(f"sent to {address}")
 
 
 def _show(report: Report, options: PatchOptions) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailor_fast._core.errors import UsageError
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.yaml_file import read_mapping
 from tailor_fast.cli.options import BatchOptions, DataOptions, RecipeOptions
 
@@ -39,6 +41,8 @@ def recipe_of(options: RecipeOptions) -> Recipe:
         if "density" in given:
             raise UsageError("--density and --sparsity say the same; expected one of them")
         given["density"] = _density(given.pop("sparsity"))
+    if "densities" in given:
+        given["densities"] = dict(_density_of(text) for text in given["densities"])
     read = {} if file is None else read_mapping(file, tuple(Recipe.model_fields), "a recipe")
     try:
         return Recipe(**{**read, **given})
@@ -46,11 +50,20 @@ def recipe_of(options: RecipeOptions) -> Recipe:
         raise UsageError(_sentence(error, file, given.keys())) from None
 
 
-def run_options(options: BatchOptions) -> RunOptions:
+def processes_of(options: BatchOptions) -> AbstractContextManager[Processes]:
+    """The processes that torchrun started to do the command together; one without torchrun."""
+    import torch
+
+    from tailor_fast._core.distributed import launched
+
+    return launched(cuda=options.device != "cpu" and torch.cuda.is_available())
+
+
+def run_options(options: BatchOptions, processes: Processes = ALONE) -> RunOptions:
     """How the run is carried out.
 
     Raises:
-        UsageError: a size or a device that is none.
+        UsageError: a size or a device that is none, or one device for several processes.
     """
     from tailor_fast.calibration.options import RunOptions
     from tailor_fast.checkpoint import parse_size
@@ -59,12 +72,29 @@ def run_options(options: BatchOptions) -> RunOptions:
         "samples": options.samples,
         "max_length": options.max_length,
         "batch_size": options.batch_size,
+        "tokens": options.tokens and options.tokens.value,
         "max_ram": options.max_ram and parse_size(options.max_ram),
     }
     if isinstance(options, DataOptions):
         given["max_shard_bytes"] = options.out_shard_size and parse_size(options.out_shard_size)
     chosen = {name: value for name, value in given.items() if value is not None}
-    return RunOptions(device=device_name(options.device), overwrite=options.overwrite, **chosen)
+    device = device_name(options.device)
+    if processes.count > 1:
+        if options.device not in ("auto", "cpu"):
+            raise UsageError(
+                f"--device {options.device} is one device for {processes.count} processes; expected"
+                " auto, which gives each a card of its own, or cpu"
+            )
+        device = str(processes.device)
+    return RunOptions(device=device, overwrite=options.overwrite, **chosen)
+
+
+def _density_of(text: str) -> tuple[str, float]:
+    pattern, _, share = text.rpartition("=")
+    try:
+        return pattern, float(share)
+    except ValueError:
+        raise UsageError(f"--densities must be RE=SHARE, as in mlp=0.05; got {text!r}") from None
 
 
 def _density(sparsity: float) -> float:

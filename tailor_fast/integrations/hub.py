@@ -26,15 +26,14 @@ class Push:
 
     def __init__(self, repository: str, *, private: bool = False) -> None:
         """Check the name and ask the hub who is logged in."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, hf_hub_url
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
 
         self.repository = repository
         self._private = private
         self._api: HfApi = HfApi()
         try:
-            validate_repo_id(repository)
+            hf_hub_url(repository, "config.json")  # asks nobody, but looks at the name
             owner = self._api.whoami()["name"]
         except HFValidationError as error:
             raise UsageError(f"--push-to-hub {repository}: {error}") from None

@@ -6,25 +6,40 @@ a model counts by itself are the true ones; the attention mask is always part of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tailor_fast._core.errors import InputError, UsageError
+from tailor_fast.models.encoding import (
+    FROM_THE_LEFT,
+    Encoder,
+    InputBatch,
+    ModelInfo,
+    NamedBatch,
+    cast,
+)
 from tailor_fast.models.samples import Sample, hash_samples, read_samples
 from tailor_fast.models.texts import REFUSALS, Renderer, Text, first_line, tokenizer_of
 from tailor_fast.models.tokens import TOKEN_MASK
 
-__all__ = ["InputBatch", "hash_samples", "load_processor", "make_batches", "read_samples"]
+__all__ = [
+    "InputBatch",
+    "PromptBatch",
+    "hash_samples",
+    "load_processor",
+    "make_batches",
+    "make_prompts",
+    "read_samples",
+]
 
-Tokens = Literal["all", "answer"]
-InputBatch = dict[str, torch.Tensor]
+Tokens = Literal["all", "answer", "official"]
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_PADDING = {"padding": True, "padding_side": "right", "return_attention_mask": True}
 
 
 def load_processor(directory: Path) -> Any:
@@ -74,7 +89,8 @@ def make_batches(
     dtype: torch.dtype | None = None,
     tokens: Tokens = "all",
     config: Any = None,
-) -> list[InputBatch]:
+    share: Callable[[int], slice] = slice,
+) -> list[NamedBatch]:
     """Turn samples into the keyword arguments of the model's forward pass.
 
     The text is the rendered chat template, or prompt and answer joined by a space and ended by the
@@ -90,9 +106,11 @@ def make_batches(
         max_length: tokens of a sample, at most, the images' among them.
         dtype: dtype of pixel values and other floating inputs; None leaves the processor's.
         tokens: ``"answer"`` adds ``token_mask`` (bool ``[batch, length]``), True where an answer
-            stands, so that nothing else is counted.
+            stands, so that nothing else is counted; ``"official"`` a mask that is True everywhere:
+            the authors' script counts padding.
         config: the model's configuration, which says how many positions it has and whether it is an
             encoder-decoder; None for a decoder without a limit.
+        share: which of how many batches are made; ``slice`` itself makes all.
 
     Returns:
         Batches with ``input_ids`` and ``attention_mask`` (int64 ``[batch, length]``) and what else
@@ -105,44 +123,81 @@ def make_batches(
     """
     if not samples:
         raise InputError("there are no samples; expected at least one")
-    model = _Model.of(config)
+    model = ModelInfo.of(config)
     if tokens == "answer" and model.encoder_decoder:
         raise UsageError(
             "tokens 'answer' is for decoders; the model is an encoder-decoder, whose decoder reads"
             " nothing but the answer; use tokens 'all'"
         )
     renderer = Renderer(processor, encoder_decoder=model.encoder_decoder)
-    encoder = _Encoder(processor, model, max_length)
+    encoder = Encoder(processor, model, max_length)
     batches = []
-    for part in _parts([renderer.render(sample) for sample in samples], batch_size):
+    parts = _parts([renderer.render(sample) for sample in samples], batch_size)
+    for part in parts[share(len(parts))]:
         batch = encoder.encode(part)
         if tokens == "answer":
             rows = zip(part, batch["input_ids"], strict=True)
             batch[TOKEN_MASK] = torch.stack(
                 [_answer_mask(text, ids, renderer, encoder) for text, ids in rows]
             )
-        batches.append({key: _cast(value, dtype) for key, value in batch.items()})
+        elif tokens == "official":
+            batch[TOKEN_MASK] = torch.ones_like(batch["attention_mask"], dtype=torch.bool)
+        batches.append(NamedBatch({key: cast(value, dtype) for key, value in batch.items()}))
+        batches[-1].samples = tuple(text.sample.where for text in part)
     return batches
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What of the configuration matters here."""
+class PromptBatch:
+    """Samples whose prompts one call of ``generate`` can take.
 
-    positions: int | None = None
-    encoder_decoder: bool = False
-    decoder_start: int | None = None
+    Attributes:
+        places: their places among all samples.
+        encode: makes the keyword arguments; images are read when it is called, not before.
+    """
 
-    @classmethod
-    def of(cls, config: Any) -> _Model:
-        if config is None:
-            return cls()
-        text = config.get_text_config()
-        return cls(
-            getattr(text, "max_position_embeddings", None),
-            bool(text.is_encoder_decoder),
-            getattr(text, "decoder_start_token_id", None),
-        )
+    places: tuple[int, ...]
+    encode: Callable[[], InputBatch]
+
+
+def make_prompts(
+    samples: Sequence[Sample],
+    processor: Any,
+    *,
+    batch_size: int,
+    max_length: int,
+    dtype: torch.dtype | None = None,
+    config: Any = None,
+) -> list[PromptBatch]:
+    """Turn samples into what ``generate`` continues: as ``make_batches``, without the last answers.
+
+    Padding stands on the left, where a decoder does not meet it on its way on.
+
+    Args:
+        samples: as the other arguments, see ``make_batches``.
+        processor: same.
+        batch_size: same.
+        max_length: same.
+        dtype: same.
+        config: same.
+
+    Raises:
+        InputError: as ``make_batches``; what is wrong with images when a batch is encoded.
+    """
+    model = ModelInfo.of(config)
+    renderer = Renderer(processor, encoder_decoder=model.encoder_decoder)
+    encoder = Encoder(processor, model, max_length, FROM_THE_LEFT)
+    texts = [renderer.render(sample) for sample in samples]
+    places = {id(text): place for place, text in enumerate(texts)}
+
+    def batch(part: Sequence[Text]) -> InputBatch:
+        read = encoder.read([replace(text, text=text.prompt) for text in part])
+        return {key: cast(value, dtype) for key, value in read.items()}
+
+    return [
+        PromptBatch(tuple(places[id(text)] for text in part), partial(batch, part))
+        for part in _parts(texts, batch_size)
+    ]
 
 
 def _parts(texts: Sequence[Text], size: int) -> list[list[Text]]:
@@ -158,98 +213,8 @@ def _parts(texts: Sequence[Text], size: int) -> list[list[Text]]:
     return parts
 
 
-class _Encoder:
-    """Texts and images to tensors, by one processor for one model."""
-
-    def __init__(self, processor: Any, model: _Model, max_length: int) -> None:
-        self._processor = processor
-        self._tokenizer = tokenizer_of(processor)
-        self._qformer = getattr(processor, "qformer_tokenizer", None)
-        self._model = model
-        self._max_length = max_length
-
-    def encode(self, texts: Sequence[Text]) -> InputBatch:
-        """Turn texts of one kind into one batch."""
-        batch = self.process(texts)
-        self._check_lengths(texts, batch["attention_mask"])
-        if self._qformer is not None:
-            prompts = self._qformer(
-                [text.prompt for text in texts], return_tensors="pt", **_PADDING
-            )
-            batch["qformer_input_ids"] = prompts["input_ids"]
-            batch["qformer_attention_mask"] = prompts["attention_mask"]
-        if self._model.encoder_decoder:
-            batch.update(self._decoder_inputs(texts))
-        return batch
-
-    def process(self, texts: Sequence[Text]) -> InputBatch:
-        """Call the processor; an error names the sample that it is about."""
-        images = [[_open_image(path, text.sample) for path in text.sample.images] for text in texts]
-        try:
-            return self._call([text.text for text in texts], images, texts[0].special_tokens)
-        except REFUSALS as error:
-            if len(texts) == 1:
-                raise InputError(
-                    f"{texts[0].sample.where}: the processor refuses it: {first_line(error)}"
-                ) from error
-            for text in texts:
-                self.process([text])
-            raise InputError(
-                f"{texts[0].sample.where} to {texts[-1].sample.line}: the processor takes each of"
-                f" them, but not in one batch: {first_line(error)}; use --batch-size 1"
-            ) from error
-
-    def _call(
-        self, texts: list[str], images: Sequence[list[Any]], special_tokens: bool
-    ) -> InputBatch:
-        options = {**_PADDING, "add_special_tokens": special_tokens}
-        if self._processor is not self._tokenizer:
-            pictures = images if any(images) else None
-            batch = self._processor(
-                text=texts, images=pictures, text_kwargs=options, return_tensors="pt"
-            )
-        elif any(images):
-            raise ValueError("the checkpoint has a tokenizer only, which takes no images")
-        else:
-            batch = self._tokenizer(texts, return_tensors="pt", **options)
-        odd = [key for key, value in batch.items() if not isinstance(value, torch.Tensor)]
-        if odd:
-            raise ValueError(f"{', '.join(odd)} of the samples differ in size")
-        return dict(batch)
-
-    def _check_lengths(self, texts: Sequence[Text], mask: torch.Tensor) -> None:
-        positions = self._model.positions
-        for text, length in zip(texts, mask.sum(1).tolist(), strict=True):
-            if positions is not None and length > positions:
-                raise InputError(
-                    f"{text.sample.where}: has {length} tokens, the model has {positions}"
-                    " positions; shorten it or leave it out"
-                )
-            if length > self._max_length:
-                raise InputError(
-                    f"{text.sample.where}: has {length} tokens, the limit is {self._max_length};"
-                    " shorten it, leave it out or raise --max-length"
-                )
-
-    def _decoder_inputs(self, texts: Sequence[Text]) -> InputBatch:
-        """The answers moved one to the right behind the start token, as the model is trained."""
-        start = self._model.decoder_start
-        if start is None:
-            raise InputError(
-                "the model's configuration has no decoder_start_token_id; expected one for an"
-                " encoder-decoder; add it to config.json"
-            )
-        answers = self._tokenizer([text.answer for text in texts], return_tensors="pt", **_PADDING)
-        ids = answers["input_ids"]
-        first = torch.full_like(ids[:, :1], start)
-        return {
-            "decoder_input_ids": torch.cat([first, ids[:, :-1]], dim=1),
-            "decoder_attention_mask": answers["attention_mask"],
-        }
-
-
 def _answer_mask(
-    text: Text, ids: torch.Tensor, renderer: Renderer, encoder: _Encoder
+    text: Text, ids: torch.Tensor, renderer: Renderer, encoder: Encoder
 ) -> torch.Tensor:
     """Bool ``[length]``, True from where ``ids`` leaves the text before an answer to its end."""
     if not text.answer:
@@ -268,19 +233,3 @@ def _common(ours: torch.Tensor, theirs: torch.Tensor) -> int:
     length = min(len(ours), len(theirs))
     differ = (ours[:length] != theirs[:length]).nonzero()
     return int(differ[0]) if len(differ) else length
-
-
-def _open_image(path: Path, sample: Sample) -> Any:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{sample.where}: image {path} cannot be read: {first_line(error)}"
-        ) from error
-
-
-def _cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return value.to(dtype) if dtype is not None and value.is_floating_point() else value

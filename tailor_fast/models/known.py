@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from tailor_fast._core.regular import read_regular
 from tailor_fast.models.linears import Target
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -42,7 +43,7 @@ def known_targets(directory: Path, names: Iterable[str]) -> list[Target] | None:
         well enough.
     """
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_regular(directory / "config.json"))
         kinds, blocks = config["architectures"], config["num_hidden_layers"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None  # building the skeleton says what is wrong

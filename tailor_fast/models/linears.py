@@ -19,6 +19,22 @@ class Target:
     transposed: bool
 
 
+class TransposedLinear(nn.Module):
+    """A linear layer stored ``[in, out]``, as some models hold their experts."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs, device=device)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ weight + bias`` for ``x`` ``[..., in]``."""
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' ``Conv1D``, a linear layer stored ``[in, out]``.
 
@@ -53,13 +69,13 @@ def find_targets(
     excluded = _embedding_weights(model)
     found = []
     for name, module in model.named_modules():
-        conv1d = is_conv1d(module)
-        if not (conv1d or isinstance(module, nn.Linear)):
+        transposed = isinstance(module, TransposedLinear) or is_conv1d(module)
+        if not (transposed or isinstance(module, nn.Linear)):
             continue
         if id(module.weight) in excluded:
             continue
         if selects(name):
-            found.append(Target(name, transposed=conv1d))
+            found.append(Target(name, transposed))
     return found
 
 

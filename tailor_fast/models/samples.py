@@ -1,7 +1,8 @@
 """Calibration data: one JSON object a line, read strictly, with the line in every message.
 
 A line is ``{"messages": [...]}`` in the chat format of transformers, or ``{"prompt": ...,
-"answer": ..., "images": [...]}`` for checkpoints without a chat template. Paths of images are
+"answer": ..., "images": [...]}`` for checkpoints without a chat template; ``"answers": [...]`` in
+place of ``answer`` where several are right. Paths of images are
 relative to the file's folder; nothing is ever fetched.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from tailor_fast._core.errors import InputError
 
-_PROMPT_KEYS = ("prompt", "answer", "images")
+_PROMPT_KEYS = ("prompt", "answer", "answers", "images")
 _IMAGE_KEYS = ("path", "url", "image")  # where transformers' chat format holds an image's place
 _REMOTE = ("http:", "https:", "ftp:", "data:", "s3:", "gs:", "hf:")
 
@@ -31,6 +32,7 @@ class Sample:
         messages: the chat, in the chat format of transformers; empty in the other form.
         prompt: text before the answer; None in the chat form.
         answer: text that the model is to give; None when the line has none.
+        answers: all answers that a line names as right, for evaluation; ``answer`` is the first.
         images: absolute paths, in the order in which the text refers to them.
     """
 
@@ -39,6 +41,7 @@ class Sample:
     messages: tuple[Mapping[str, Any], ...] = ()
     prompt: str | None = None
     answer: str | None = None
+    answers: tuple[str, ...] = ()
     images: tuple[Path, ...] = ()
 
     @property
@@ -140,20 +143,25 @@ class _LineReader:
         if not isinstance(body, dict):
             self._fail(f"expected a JSON object; got {type(body).__name__}")
         if "messages" in body:
-            self._known_keys(body, ("messages",))
+            self._known_keys(body, ("messages", "answers"))
             messages = self._messages(body["messages"])
             parts = [part for message in messages for part in image_parts(message)]
             images = tuple(Path(part["path"]) for part in parts)
-            return Sample(self._path, self._number, messages=messages, images=images)
+            answers = self._answers(body)
+            return Sample(
+                self._path, self._number, messages=messages, answers=answers, images=images
+            )
         if "prompt" not in body:
             keys = ", ".join(map(repr, body)) or "no key"
             self._fail(f"expected 'messages' or 'prompt'; got {keys}")
         self._known_keys(body, _PROMPT_KEYS)
+        answers = self._answers(body)
         return Sample(
             self._path,
             self._number,
             prompt=self._text(body, "prompt"),
-            answer=self._text(body, "answer") if "answer" in body else None,
+            answer=answers[0] if answers else None,
+            answers=answers,
             images=self._images(body.get("images", [])),
         )
 
@@ -183,6 +191,17 @@ class _LineReader:
         if key == "prompt" and not value:
             self._fail("'prompt' is empty; expected text")
         return value
+
+    def _answers(self, body: Mapping[str, Any]) -> tuple[str, ...]:
+        if "answer" in body and "answers" in body:
+            self._fail("has 'answer' and 'answers'; expected one of them")
+        if "answers" not in body:
+            return (self._text(body, "answer"),) if "answer" in body else ()
+        answers = body["answers"]
+        texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
+        if not texts or not answers:
+            self._fail(f"'answers' must be a list of at least one string; got {answers!r:.60}")
+        return tuple(answers)
 
     def _images(self, value: Any) -> tuple[Path, ...]:
         if not isinstance(value, list):

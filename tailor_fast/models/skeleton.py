@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,19 @@ import torch
 from torch import nn
 
 from tailor_fast._core.errors import InputError
+from tailor_fast._core.regular import read_regular
+from tailor_fast.models.experts import SplitExperts, fused_targets, split_
+from tailor_fast.models.original import ORIGINAL_CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 
 def build_skeleton(directory: Path) -> PreTrainedModel:
     """Build the model that ``config.json`` names, with parameters on ``meta`` and real buffers.
 
+    Fused experts are taken apart (``models.experts``), so that each has layers of its own.
     Buffers that are not on disk (rotary frequencies, masks) are computed by the constructors as in
     ``from_pretrained``. Nothing is fetched and no remote code runs.
 
@@ -31,12 +37,19 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
 
     path = directory / "config.json"
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+        named = json.loads(read_regular(path)).get("architectures") or []
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path}: the model's configuration cannot be read ({error}); expected the config.json"
             " that save_pretrained writes"
         ) from None
+    if named and named[0] in ORIGINAL_CLASSES:
+        raise InputError(
+            f"{path}: {named[0]} is the layout of LLaVA's authors, which transformers cannot run;"
+            " expected transformers' own; convert both checkpoints with the transformers"
+            " repository's convert_llava_weights_to_hf.py, or patch without calibration data, or"
+            " with statistics of the converted model"
+        )
     kind = getattr(transformers, named[0], None) if named else None
     if kind is None:
         raise InputError(
@@ -49,6 +62,7 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
         model: PreTrainedModel = kind(config)
     model.tie_weights()
     model.train(False)
+    split_(model)
     return model
 
 
@@ -109,6 +123,8 @@ def map_keys(model: PreTrainedModel, disk_names: Iterable[str], where: str) -> d
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state: dict[str, Any] = model.state_dict()
+    experts = _fused_parameters(model)
+    state |= dict.fromkeys(experts, True)
     prefix = model.base_model_prefix
     keys: dict[str, str] = {}
     for name in disk_names:
@@ -118,10 +134,14 @@ def map_keys(model: PreTrainedModel, disk_names: Iterable[str], where: str) -> d
         if key not in state:
             continue
         if pattern is not None:
-            raise InputError(
-                f"{where}: {name} is stored in another form than {key} is held in memory; expected"
-                " one tensor per parameter; patch without calibration data"
-            )
+            converter = next(entry for entry in converters if pattern in entry.source_patterns)
+            part = _part_of_expert(name, key, pattern, converter, experts)
+            if part is None:
+                raise InputError(
+                    f"{where}: {name} is stored in another form than {key} is held in memory;"
+                    " expected one tensor per parameter; patch without calibration data"
+                )
+            key = part
         if key in keys:
             raise InputError(
                 f"{where}: {name} and {keys[key]} both mean {key}; expected one of them"
@@ -129,6 +149,106 @@ def map_keys(model: PreTrainedModel, disk_names: Iterable[str], where: str) -> d
         keys[key] = name
     _add_tied(model, keys)
     return keys
+
+
+def names_as_stored(
+    directory: Path, stored: Iterable[str], others: Iterable[str]
+) -> dict[str, str]:
+    """Translate names of a model's tensors into those of its files.
+
+    Adapters name tensors as the model did in memory when they were trained, which another version
+    of transformers may have stored, or may now hold, under another name.
+
+    Args:
+        directory: holds ``config.json``.
+        stored: names in the files.
+        others: names to translate, of any layout that transformers knows.
+
+    Returns:
+        Name among ``others`` -> name among ``stored``; without those that mean nothing, and empty
+        when the model's class is not known.
+    """
+    try:
+        model = build_skeleton(directory)
+        keys = map_keys(model, stored, str(directory))
+        meant = map_keys(model, others, str(directory))
+    except InputError:
+        return {}
+    return {name: keys[key] for key, name in meant.items() if key in keys}
+
+
+def tied_names(directory: Path, stored: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Find the names in a checkpoint's files that mean one parameter of the model.
+
+    Args:
+        directory: holds ``config.json``.
+        stored: names in the files.
+
+    Returns:
+        Name -> all names of its parameter; without those that have one, and empty when the model's
+        class is not known.
+    """
+    try:
+        model = build_skeleton(directory)
+        keys = map_keys(model, stored, str(directory))
+    except InputError:
+        return {}
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in keys:
+            groups.setdefault(id(parameter), set()).add(keys[name])
+    tied = (frozenset(group) for group in groups.values() if len(group) > 1)
+    return {name: group for group in tied for name in group}
+
+
+def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Names that the parameters of split experts have in transformers, and their parts.
+
+    Returns:
+        Parameter name -> (module name, projections in it).
+    """
+    return {
+        f"{name}.{parameter}": (name, parts)
+        for name, module in model.named_modules()
+        if isinstance(module, SplitExperts)
+        for parameter, parts in module.parts.items()
+    }
+
+
+def _part_of_expert(
+    name: str,
+    key: str,
+    pattern: str,
+    converter: WeightConverter,
+    experts: Mapping[str, tuple[str, tuple[str, ...]]],
+) -> str | None:
+    """Which split expert's weight a tensor on disk is; None when it is no such thing.
+
+    Known are experts that are stacked, after their projections were put one behind the other.
+    """
+    module, parts = experts.get(key, ("", ()))
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    sources = converter.source_patterns
+    joined = [("MergeModulelist", 0), ("Concatenate", 1)][: len(sources)]
+    numbers = re.findall(r"\.(\d+)(?=\.)", name)
+    if not numbers or len(sources) != len(parts) or steps != joined:
+        return None
+    return f"{module}.{numbers[-1]}.{parts[sources.index(pattern)]}.weight"
+
+
+def refuse_fused(model: nn.Module, keys: Mapping[str, str], where: str) -> None:
+    """Check that no experts are stored together, for a model that is to run from disk.
+
+    Raises:
+        InputError: some are.
+    """
+    for target in fused_targets(model):
+        if target.name in keys:
+            raise InputError(
+                f"{where}: {keys[target.name]} holds all experts of a block in one tensor; expected"
+                " one tensor per expert to run the model block by block; patch without calibration"
+                " data, or both models in memory with tailor_model"
+            )
 
 
 def _add_tied(model: nn.Module, keys: dict[str, str]) -> None:

@@ -10,11 +10,19 @@ import torch
 
 from tailor_fast._core.errors import UsageError
 from tailor_fast._core.progress import Progress, Silent
-from tailor_fast.checkpoint import Checkpoint, HashName, TensorInfo, match_pair, open_checkpoint
+from tailor_fast.checkpoint import (
+    HashName,
+    TensorInfo,
+    TensorSource,
+    match_pair,
+    open_checkpoint,
+    open_tuned,
+)
 from tailor_fast.checkpoint.errors import AnyPath, shown_path
 from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.checkpoint.hashing import HASHES, new_hash
 from tailor_fast.checkpoint.index import SUFFIX
+from tailor_fast.models import names_as_stored
 from tailor_fast.ops.codec import EncodedPatch, encode_patch
 from tailor_fast.ops.codec.layout import mask_bytes
 from tailor_fast.patchfile.layout import PARTS, PatchEntry, PatchPlan, header, reserved_bytes
@@ -38,7 +46,8 @@ def diff_checkpoints(
 
     Args:
         base: checkpoint: a model directory or one ``.safetensors`` file.
-        target: the same tensors with other values, any number of them, of any dtype.
+        target: the same tensors with other values, any number of them, of any dtype; or a LoRA
+            adapter of ``base``, which is merged while it is read.
         out: patch file to write, by convention ``*.tailor.safetensors``.
         overwrite: replace an existing file when the new one is complete.
         digest: algorithm of the digests; ``sha256`` is slower and withstands forgery.
@@ -57,7 +66,8 @@ def diff_checkpoints(
     if digest not in HASHES:
         raise UsageError(f"digest must be one of {', '.join(HASHES)}; got {digest!r}")
     with ExitStack() as stack:
-        ours, theirs = (stack.enter_context(open_checkpoint(path)) for path in (base, target))
+        ours = stack.enter_context(open_checkpoint(base))
+        theirs = stack.enter_context(open_tuned(target, ours, names_as_stored))
         match_pair(ours, theirs)
         inputs = (*ours.input_paths, *theirs.input_paths)
         file = stack.enter_context(GrowingFile(out, overwrite=overwrite, inputs=inputs))
@@ -71,8 +81,8 @@ def check_name(out: AnyPath) -> None:
 
 
 def write_patch(
-    base: Checkpoint,
-    target: Checkpoint,
+    base: TensorSource,
+    target: TensorSource,
     file: GrowingFile,
     called: tuple[AnyPath, AnyPath],
     digest: HashName,
@@ -116,7 +126,7 @@ _Piece = tuple[Block, Block, EncodedPatch]
 
 
 def _encoded(
-    base: Checkpoint, target: Checkpoint, blanks: Iterable[PatchEntry], digest: HashName
+    base: TensorSource, target: TensorSource, blanks: Iterable[PatchEntry], digest: HashName
 ) -> Generator[_Piece, None, None]:
     """Read both side by side and encode them, block by block."""
     widths = {blank.name: blank.word_bytes for blank in blanks}

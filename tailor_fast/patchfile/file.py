@@ -10,7 +10,7 @@ from torch import nn
 from tailor_fast.checkpoint import Checkpoint, open_checkpoint
 from tailor_fast.checkpoint.errors import AnyPath
 from tailor_fast.ops.codec import EncodedPatch
-from tailor_fast.patchfile.layout import PatchEntry, PatchPlan
+from tailor_fast.patchfile.layout import LIMITS, PatchEntry, PatchPlan
 from tailor_fast.patchfile.modules import ModuleSwitch
 from tailor_fast.patchfile.parsing import read_plan
 from tailor_fast.patchfile.parts import StoredParts
@@ -48,7 +48,7 @@ class Patch(Mapping[str, PatchEntry]):
             MalformedError, TruncatedError: the file is damaged.
             MissingFileError: it is not there, or not readable.
         """
-        file = open_checkpoint(path)
+        file = open_checkpoint(path, limits=LIMITS)
         try:
             return cls(file)
         except BaseException:

@@ -15,14 +15,18 @@ from tailor_fast.checkpoint.dtypes import item_bits
 from tailor_fast.checkpoint.hashing import new_hash
 from tailor_fast.checkpoint.header import (
     MAX_HEADER_BYTES,
-    MAX_METADATA_BYTES,
+    MAX_TENSORS,
     METADATA_KEY,
     PREFIX_BYTES,
+    Limits,
 )
 from tailor_fast.ops.codec.layout import block_count, mask_bytes
 
 FORMAT = "tailor-patch/1"
 PARTS = ("mask", "words", "blocks")
+# Three parts of each tensor that a checkpoint may have, and a plan that leaves their names room in
+# the 100 MB of a header.
+LIMITS = Limits(len(PARTS) * MAX_TENSORS, 80_000_000)
 _ALIGNMENT = 4096  # of the data, so that whole pages are written
 
 
@@ -139,7 +143,7 @@ def text_digest(text: str, algorithm: HashName) -> str:
 
 def header(plan: PatchPlan) -> bytes:
     """Return the first bytes of the patch file; ``reserved_bytes`` of them."""
-    text = _header_text(plan)
+    text = _header_text(plan, _metadata(plan))
     text += b" " * (reserved_bytes(plan) - PREFIX_BYTES - len(text))
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
@@ -153,39 +157,28 @@ def reserved_bytes(plan: PatchPlan) -> int:
     Raises:
         UsageError: more tensors than the header of a file can name.
     """
-    every = (_all_changed(entry, plan.digest) for entry in plan.entries)
-    longest = replace(plan, entries=tuple(every))
-    size = PREFIX_BYTES + len(_header_text(longest))
+    blank = "0" * len(new_hash(plan.digest).hexdigest())
+    longest = replace(plan, entries=tuple(_all_changed(entry, blank) for entry in plan.entries))
+    metadata = _metadata(longest)
+    size = PREFIX_BYTES + len(_header_text(longest, metadata))
     size += -size % _ALIGNMENT
     if size - PREFIX_BYTES > MAX_HEADER_BYTES:
         limit = f"a header of {MAX_HEADER_BYTES} bytes cannot name {len(plan.entries)} tensors"
         raise UsageError(f"{limit}; expected a checkpoint with fewer")
-    if len(json.dumps(plan_text(longest)).encode()) > MAX_METADATA_BYTES - _ALIGNMENT:
-        limit = (
-            f"metadata of {MAX_METADATA_BYTES} bytes cannot describe {len(plan.entries)} tensors"
-        )
-        raise UsageError(f"{limit}; expected a checkpoint with fewer")
+    if len(_json(metadata).encode()) > LIMITS.metadata_bytes:
+        limit = f"metadata of {LIMITS.metadata_bytes} bytes cannot describe"
+        raise UsageError(f"{limit} {len(plan.entries)} tensors; expected a checkpoint with fewer")
     return size
 
 
-def _all_changed(entry: PatchEntry, algorithm: HashName) -> PatchEntry:
-    blank = "0" * len(new_hash(algorithm).hexdigest())
+def _all_changed(entry: PatchEntry, blank: str) -> PatchEntry:
     words = entry.words
     parts = (blank,) * len(PARTS) if words else ()
     return replace(entry, changed=words, base=blank, target=blank, parts=parts)
 
 
-def _header_text(plan: PatchPlan) -> bytes:
-    text = plan_text(plan)
-    members: dict[str, object] = {
-        METADATA_KEY: {
-            "format": "pt",  # loaders refuse a file without it
-            "tailor_format": FORMAT,
-            "digest": plan.digest,
-            "plan": text,
-            "plan_digest": text_digest(text, plan.digest),
-        }
-    }
+def _header_text(plan: PatchPlan, metadata: Mapping[str, str]) -> bytes:
+    members: dict[str, object] = {METADATA_KEY: metadata}
     cursor = 0
     for spec in stored_specs(plan):
         end = cursor + byte_size(spec.dtype, spec.shape)
@@ -196,6 +189,17 @@ def _header_text(plan: PatchPlan) -> bytes:
         }
         cursor = end
     return _json(members).encode()
+
+
+def _metadata(plan: PatchPlan) -> dict[str, str]:
+    text = plan_text(plan)
+    return {
+        "format": "pt",  # loaders refuse a file without it
+        "tailor_format": FORMAT,
+        "digest": plan.digest,
+        "plan": text,
+        "plan_digest": text_digest(text, plan.digest),
+    }
 
 
 def stored_specs(plan: PatchPlan) -> Iterator[TensorSpec]:

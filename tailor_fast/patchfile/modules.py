@@ -14,7 +14,7 @@ from tailor_fast._core.errors import TailorError
 from tailor_fast.checkpoint import MismatchError, TensorHasher, TransferError, torch_dtype
 from tailor_fast.checkpoint.errors import listed, quoted
 from tailor_fast.checkpoint.signals import signals_held
-from tailor_fast.models import map_keys
+from tailor_fast.models import map_keys, split_experts
 from tailor_fast.ops.codec.layout import BLOCK
 from tailor_fast.patchfile.layout import PatchEntry, PatchPlan
 from tailor_fast.patchfile.parts import StoredParts
@@ -131,11 +131,17 @@ def _find(module: nn.Module, plan: PatchPlan) -> list[_Held]:
 
 
 def _by_disk_name(module: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
-    state = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    state = _tensors(module)
     if not _is_pretrained(module):
         return {name: state[name] for name in names if name in state}
-    keys = map_keys(cast("PreTrainedModel", module), names, type(module).__name__)
+    with split_experts(module):  # whose weights are views: what changes them changes the module
+        state |= _tensors(module)
+        keys = map_keys(cast("PreTrainedModel", module), names, type(module).__name__)
     return {name: state[key] for key, name in keys.items() if key in state}
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from tailor_fast.checkpoint import DTYPES, Checkpoint, HashName, MalformedError
 from tailor_fast.checkpoint.errors import listed, quoted
 from tailor_fast.checkpoint.hashing import HASHES, new_hash
-from tailor_fast.checkpoint.header import MAX_DIM, MAX_RANK
+from tailor_fast.checkpoint.header import MAX_DIM, MAX_RANK, MAX_TENSORS
 from tailor_fast.patchfile.errors import NotPatchError
 from tailor_fast.patchfile.layout import (
     FORMAT,
@@ -20,6 +21,9 @@ from tailor_fast.patchfile.layout import (
 )
 
 _KEYS = {"format", "tailor_format", "digest", "plan", "plan_digest"}
+_TENSORS = ',"tensors":{'
+_LONGEST = 1 << 14  # characters of a member: a name of 1024 bytes, 64 sizes, five digests
+_DECODER = json.JSONDecoder()
 _AGAIN = "fetch the patch again, or make it again with `tailor-fast diff`"
 
 
@@ -48,7 +52,7 @@ def read_plan(file: Checkpoint) -> PatchPlan:
         expected = quoted(metadata["plan_digest"])
         _malformed(file, f"plan must have the digest {expected}; got {text_digest(text, kind)}")
     try:
-        plan = _plan(json.loads(text), kind)
+        plan = _plan(text, kind)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         _malformed(file, f"plan is not what the format allows: {error!r}")
     if plan_text(plan) != text:  # a field too many, another order or spelling, a wrong root
@@ -61,11 +65,40 @@ def _malformed(file: Checkpoint, problem: str, tensor: str | None = None) -> NoR
     raise MalformedError(problem, path=file.path, tensor=tensor, remedy=_AGAIN)
 
 
-def _plan(body: Any, algorithm: HashName) -> PatchPlan:
-    names = str(body["base"]["name"]), str(body["target"]["name"])
+def _plan(text: str, algorithm: HashName) -> PatchPlan:
+    begin = text.find(_TENSORS, 0, _LONGEST)
+    if begin < 0:
+        raise ValueError(f"expected {_TENSORS} after base and target")
+    head = json.loads(f"{text[:begin]}}}")
+    names = str(head["base"]["name"]), str(head["target"]["name"])
     digest = re.compile(f"[0-9a-f]{{{len(new_hash(algorithm).hexdigest())}}}")
-    entries = [_entry(name, fields, digest) for name, fields in sorted(body["tensors"].items())]
+    members = _members(text, begin + len(_TENSORS))
+    entries = sorted(
+        (_entry(name, fields, digest) for name, fields in members), key=lambda entry: entry.name
+    )
     return PatchPlan(*names, algorithm, tuple(entries))
+
+
+def _members(text: str, at: int) -> Iterator[tuple[str, Any]]:
+    """Take the members of an object that begins at ``at``, behind its brace.
+
+    One after the other, each from a short piece of the text: what a hostile plan makes of millions
+    of brackets is never in memory.
+    """
+    taken = 0
+    while taken or not text.startswith("}", at):
+        piece = text[at : at + _LONGEST]
+        name, end = _DECODER.raw_decode(piece)
+        if type(name) is not str or piece[end : end + 1] != ":":
+            raise ValueError(f"expected a name and ':' at character {at}")
+        fields, end = _DECODER.raw_decode(piece, end + 1)
+        taken += 1
+        if taken > MAX_TENSORS:
+            raise ValueError(f"expected at most {MAX_TENSORS} tensors")
+        yield name, fields
+        at += end + 1
+        if piece[end : end + 1] != ",":
+            return  # the object's end, which the canonical form then shows
 
 
 def _entry(name: str, fields: Any, digest: re.Pattern[str]) -> PatchEntry:

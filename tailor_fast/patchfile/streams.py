@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from tailor_fast.checkpoint import Checkpoint, HashName, TensorHasher
+from tailor_fast.checkpoint import HashName, TensorHasher, TensorSource
 from tailor_fast.ops.codec.layout import WORD_DTYPES
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Block:
 
 
 def read_blocks(
-    checkpoint: Checkpoint, names: Iterable[str], algorithm: HashName, *, in_use: int
+    checkpoint: TensorSource, names: Iterable[str], algorithm: HashName, *, in_use: int
 ) -> Generator[Block, None, None]:
     """Read tensors one after the other; an empty one is one empty block.
 

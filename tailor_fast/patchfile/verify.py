@@ -22,7 +22,7 @@ from tailor_fast.ops.codec.layout import WORD_DTYPES
 from tailor_fast.patchfile.applying import check_result
 from tailor_fast.patchfile.errors import NotPatchError
 from tailor_fast.patchfile.file import Patch
-from tailor_fast.patchfile.layout import FORMAT, PARTS, PatchEntry
+from tailor_fast.patchfile.layout import FORMAT, LIMITS, PARTS, PatchEntry
 from tailor_fast.patchfile.streams import BLOCK_BYTES
 
 
@@ -55,7 +55,7 @@ def is_patch(path: AnyPath) -> bool:
     if not Path(path).is_file():
         return False
     try:
-        with open_checkpoint(path) as file:
+        with open_checkpoint(path, limits=LIMITS) as file:
             found = file.shards[0].metadata.get("tailor_format", "")
     except CheckpointError:
         return False

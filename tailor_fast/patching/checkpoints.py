@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from tailor_fast._core.errors import StoppedError
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Progress
-from tailor_fast._version import __version__
+from tailor_fast.calibration.data import read_data
 from tailor_fast.calibration.options import RunOptions
+from tailor_fast.calibration.statfile import is_statistics
+from tailor_fast.calibration.streamed import skeleton_of
 from tailor_fast.checkpoint import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -22,16 +29,17 @@ from tailor_fast.checkpoint import (
     model_name,
     read_license,
 )
+from tailor_fast.checkpoint.errors import shown_path
 from tailor_fast.patching.job import Job, PathLike, Request
 from tailor_fast.patching.picture import draw_report
 from tailor_fast.patching.pipeline import Writer
 from tailor_fast.patching.plan import PatchPlan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
+from tailor_fast.patching.resuming import Ledger, versions
 from tailor_fast.patching.sources import BLOCK_BYTES, Sources
 
 PICTURE_NAME = "tailor_report.png"
-_VERSIONED = ("torch", "transformers", "safetensors", "numpy")
 
 
 def patch_checkpoint(
@@ -45,11 +53,13 @@ def patch_checkpoint(
     retain: PathLike | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """Patch ``base`` with the best part of ``tuned`` and write the model to ``out``.
 
     One block of each model is in memory at a time. ``out`` is absent, or its old self, until it is
-    complete.
+    complete. A run that was killed, stopped or out of room goes on where it was, in the next one
+    with the same arguments (``options.resume``); the bytes are those of a run without a break.
 
     Args:
         base: checkpoint before fine-tuning: a model directory, one ``.safetensors`` file, or the
@@ -63,6 +73,8 @@ def patch_checkpoint(
         retain: samples of old tasks, or what ``calibrate`` wrote for ``base`` on them.
         options: device, memory and the like.
         progress: told about each step.
+        processes: what ``join_processes`` yields, to do it together with others: all give the same
+            arguments (``options.device`` may differ), process 0 writes.
 
     Returns:
         The report that is also written to ``out``.
@@ -71,25 +83,58 @@ def patch_checkpoint(
         InputError: a file is missing, malformed, or does not fit the others.
         UsageError: the recipe and the data at hand contradict each other.
         OutputError: ``out`` exists, is locked, or may not be written.
+        PeerError: another process failed.
         StorageError: reading or writing failed half way.
+        StoppedError: stopped by Ctrl-C when something was finished, which is kept.
     """
     job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress)
+    job.join(processes)
     start = time.perf_counter()
     with job.opened() as (sources, layout):
+        if processes.rank > 0:
+            job.follow(sources, layout)
+            processes.wait()  # for the output to be complete
+            return job.report
         inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
-        with StagedCheckpoint(
-            out, layout, overwrite=job.request.options.overwrite, inputs=inputs
-        ) as staged:
-            with Writer(staged) as writer:
-                job.run(sources, staged, writer)
+        staged = StagedCheckpoint(
+            out,
+            layout,
+            overwrite=job.request.options.overwrite,
+            inputs=inputs,
+            resume=job.resume(sources, layout),
+        )
+        with _told_of_what_is_kept(staged), staged:
+            ledger = Ledger(sources, staged)
+            with Writer(staged, ledger.facts) as writer:
+                job.run(sources, staged, writer, ledger)
                 picture = draw_report(job.report.to_dict())  # while the last bytes reach the disk
                 with job.report.timed("write"):
                     writer.drain()
             job.report.seconds["total"] = time.perf_counter() - start
             _finish(sources, staged, job, picture)
+            for source in (sources.base, sources.tuned):
+                source.checkpoint.check_unchanged()
             staged.commit()
+    processes.wait()
     job.progress.finish()
     return job.report
+
+
+@contextmanager
+def _told_of_what_is_kept(staged: StagedCheckpoint) -> Iterator[None]:
+    """Say, when a run ends early, from where another can go on."""
+    try:
+        yield
+    except BaseException as error:
+        if not staged.kept:
+            raise
+        count = f"{len(staged.finished)} of {len(staged.layout.tensors)} tensors"
+        again = "run the same again to go on from there, with resume 'never' to start over"
+        sentence = f"{count} of {shown_path(staged.out)} are finished and kept; {again}"
+        if isinstance(error, KeyboardInterrupt):
+            raise StoppedError(f"stopped; {sentence}") from error
+        error.add_note(sentence)
+        raise
 
 
 def plan_patch(
@@ -114,7 +159,20 @@ def plan_patch(
         inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
         overwrite = job.request.options.overwrite
         StagedCheckpoint.check(out, layout, overwrite=overwrite, inputs=inputs)
-        return job.plan(sources, layout)
+        plan = job.plan(sources, layout)
+        _check_data(sources, job.request)
+        return plan
+
+
+def _check_data(sources: Sources, request: Request) -> None:
+    """Read all samples as the run would, for what is wrong with them."""
+    if request.calibration is None:
+        return
+    model = skeleton_of(sources.tuned)
+    processor = sources.tuned.checkpoint.processor_directory or request.tuned
+    for path in (request.calibration, request.retain):
+        if path is not None and not is_statistics(path):
+            read_data(path, processor, model, request.options, torch.device("cpu"))
 
 
 def _job(
@@ -143,7 +201,7 @@ def _finish(
 ) -> None:
     """Add everything that is not a weight: side files, report, picture, card, manifest."""
     tuned = sources.tuned.checkpoint
-    for path in tuned.side_files:
+    for path in sources.side_files:
         staged.copy_file(path)
     names = (job.request.base, job.request.tuned)
     # `verify` looks for the base there.
@@ -151,8 +209,9 @@ def _finish(
         role: str(name.absolute()) for role, name in zip(("base", "tuned"), names, strict=True)
     }
     report = {**job.report.to_dict(), "inputs": places}
-    staged.add_file(REPORT_NAME, json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
-    staged.add_file(PICTURE_NAME, picture)
+    text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False)
+    staged.add_file(REPORT_NAME, text, recorded=False)
+    staged.add_file(PICTURE_NAME, picture, recorded=False)
     kept = {row.tensor: (row.kept, row.rows * row.cols) for row in job.report.linears}
     card = model_card(
         title=staged.out.name,
@@ -167,9 +226,8 @@ def _finish(
         "base": input_record(sources.base.checkpoint, sources.base.finish(buffer)),
         "tuned": input_record(tuned, sources.tuned.finish(buffer)),
     }
-    versions = {"tailor_fast": __version__, **{name: version(name) for name in _VERSIONED}}
     recipe = job.recipe.model_dump()
     manifest = build_manifest(
-        inputs=inputs, output=staged.record(), recipe=recipe, versions=versions
+        inputs=inputs, output=staged.record(), recipe=recipe, versions=versions()
     )
     staged.add_file(MANIFEST_NAME, manifest)

@@ -20,6 +20,7 @@ from tailor_fast.patching.memory import SOLVERS, Memory, copy_parts, is_cut, par
 from tailor_fast.patching.pipeline import Loaded, Part, Pipeline, Worker, Writer
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import LinearReport, Report
+from tailor_fast.patching.resuming import Ledger
 from tailor_fast.patching.ring import Ring
 from tailor_fast.patching.solving import keep_
 from tailor_fast.patching.sources import LayerOnDisk, Sources
@@ -38,6 +39,7 @@ class DataFree:
         report: filled in.
         memory: how large the ring is.
         device: where layers are solved.
+        ledger: what an earlier run finished, and this one.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DataFree:
         report: Report,
         memory: Memory,
         device: torch.device,
+        ledger: Ledger,
     ) -> None:
         self._sources = sources
         self._recipe = recipe
@@ -60,10 +63,12 @@ class DataFree:
         }
         self._units = dict(units)
         if recipe.scope == "tensor":
-            self._units = {self._layers[tensor].target.name: tensor for tensor in self._cut}
+            layers = (self._layers[tensor] for tensor in self._cut)
+            self._units = {la.target.name: la.tensor for la in layers if la.slices == 1}
         self._equal: dict[str, bool] = {}  # by tensor, as far as it is known
         self._selectors: dict[str, TopKSelector] = {}
-        self._rows: dict[str, LinearReport] = {}
+        self._earlier = ledger.earlier
+        self._rows = ledger.rows  # by tensor
 
     def run(self, staged: StagedCheckpoint, writer: Writer, told: Told) -> None:
         """Write every tensor; the last of them may be on their way to disk at the end.
@@ -78,7 +83,8 @@ class DataFree:
             with self._report.timed("scores"):
                 self._find_thresholds(pipeline)
             names = [name for shard in staged.layout.shards for name in shard.tensors]
-            done = passed = 0
+            names = [name for name in names if name not in self._earlier]
+            done, passed = len(self._earlier & self._layers.keys()), 0
             with self._report.timed("stream"), _solvers() as solvers:
                 for loaded in pipeline.stream(self._parts(names)):
                     part, layer = loaded.part, self._layers.get(loaded.part.name)
@@ -104,9 +110,9 @@ class DataFree:
             for layer in self._sources.layers
             if layer.target.name in self._units and not self._equal[layer.tensor]
         }
-        open_units = set(units.values())
+        open_units = {unit for tensor, unit in units.items() if tensor not in self._earlier}
         for unit in sorted(open_units):
-            self._selectors[unit] = self._selector()
+            self._selectors[unit] = self._selector(unit)
         while open_units:
             names = [name for name, unit in units.items() if unit in open_units]
             for loaded in pipeline.stream(self._parts(names)):
@@ -122,8 +128,10 @@ class DataFree:
                 pipeline.drop(loaded)
             open_units = {unit for unit in open_units if not self._selectors[unit].finish()}
 
-    def _selector(self) -> TopKSelector:
+    def _selector(self, unit: str) -> TopKSelector:
         recipe = self._recipe
+        if recipe.scope == "tensor":  # the unit is one tensor
+            recipe = recipe.of(self._layers[unit].target.name)
         # Within one tensor the order of one term does not depend on the tensor's mean and std.
         plain = recipe.scope == "tensor" and recipe.normalize == "tensor"
         return TopKSelector(
@@ -136,7 +144,7 @@ class DataFree:
         for name in names:
             layer = self._layers.get(name)
             if layer is None or self._equal.get(name):
-                yield from copy_parts(self._sources, name, self._recipe)
+                yield from copy_parts(self._sources, name)
             else:
                 yield from parts_of(self._sources, layer, self._memory.ring)
 
@@ -154,7 +162,7 @@ class DataFree:
             stored.copy_(base.T if layer.target.transposed else base)
         name, (rows, cols) = layer.target.name, layer.shape
         row = self._rows.setdefault(
-            name, LinearReport(name, rows, cols, kept=0, tensor=layer.tensor, group=(name,))
+            layer.tensor, LinearReport(name, rows, cols, kept=0, tensor=layer.tensor, group=(name,))
         )
         row.kept += int(mask.count_nonzero())
         row.seconds += time.perf_counter() - start
@@ -162,7 +170,8 @@ class DataFree:
     def _mask(
         self, layer: LayerOnDisk, loaded: Loaded, base: torch.Tensor, tuned: torch.Tensor
     ) -> torch.Tensor:
-        recipe, name = self._recipe, layer.target.name
+        name = layer.target.name
+        recipe = self._recipe.of(name)
         first, rows = self._first_row(layer, loaded), layer.shape[0]
         if name in self._units:
             selector = self._selectors[self._units[name]]
@@ -202,7 +211,7 @@ class DataFree:
         return self._sources.tuned.checkpoint.tensors[name].nbytes
 
     def _fill_report(self) -> None:
-        order = [layer.target.name for layer in self._sources.layers]
+        order = [layer.tensor for layer in self._sources.layers]
         self._report.linears += [self._rows[name] for name in order if name in self._rows]
         self._report.note_equal(len(order) - len(self._report.linears), len(order))
 
@@ -223,11 +232,11 @@ def _solvers() -> Iterator[Worker]:
         torch.set_num_threads(cores)
 
 
-def copy_rest(sources: Sources, writer: Writer, names: Iterable[str], recipe: Recipe) -> None:
+def copy_rest(sources: Sources, writer: Writer, names: Iterable[str]) -> None:
     """Copy tensors that were not patched, and hash those inputs that were not read."""
     ring = Ring(COPY_RING_BYTES)
     with Pipeline(sources.base, sources.tuned, writer, ring) as pipeline:
-        parts = (part for name in names for part in copy_parts(sources, name, recipe))
+        parts = (part for name in names for part in copy_parts(sources, name))
         for loaded in pipeline.stream(parts):
             pipeline.write(loaded, loaded.part.sides[0])
         writer.drain()

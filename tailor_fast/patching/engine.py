@@ -40,6 +40,8 @@ class Engine:
         old_moments: gives a group's old-task moments where they come from a file.
         progress: called after each site.
         spill: keeps suspended activations under a budget; None keeps them in memory.
+
+    The processes of ``solver`` walk together, each over its own batches.
     """
 
     solver: Solver
@@ -53,7 +55,8 @@ class Engine:
     _repeated: dict[str, _Pair] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._collector = Collector(self.streams.tuned.model, self.groups)
+        model = self.streams.tuned.model
+        self._collector = Collector(model, self.groups, self.solver.processes)
 
     def run(self) -> None:
         """Patch every target, in call order."""
@@ -108,6 +111,9 @@ class Engine:
         return Lockstep(streams.running(), sites, rerun=rerun, spill=self.spill)
 
     def _collect(self, lockstep: Lockstep, site: Site, streams: Streams) -> _Pair:
+        if streams is self.streams and self.solver.finished(site.modules):
+            lockstep.gather(site)
+            return None, None
         with self.solver.report.timed("statistics"):
             new, old = self._collector.both(lockstep, site, streams)
         return new, self._old(site.modules, old)
@@ -122,7 +128,7 @@ class Engine:
         old: AnyMoments | None,
         note: str = "",
     ) -> None:
-        if new is None:
+        if new is None and not self.solver.finished(members):
             self.solver.leave(members, "no counted token reaches it")
         else:
             self.solver.solve(members, new, old, note)
@@ -146,7 +152,10 @@ class Engine:
     def _solve_repeated(self) -> None:
         """Layers that are called several times have no one input: no propagation for them."""
         note = "called several times in a pass: solved with propagate 'none'"
-        for name, (new, old) in self._repeated_moments().items():
+        moments: dict[str, _Pair] = dict.fromkeys(self.groups.repeated, (None, None))
+        if not self.solver.finished(moments):
+            moments = self._repeated_moments()
+        for name, (new, old) in moments.items():
             self._solve((name,), new, old, note)
         self._repeated.clear()
 

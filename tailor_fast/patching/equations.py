@@ -60,43 +60,64 @@ def retain_scale(new: Moments, old: Moments, weight: float, damping: float) -> f
     return weight * (new.diag.double().mean().item() + damping) / old_mean
 
 
-def build_system(
-    layer: Layer, new: Moments, old: Moments | None, percdamp: float, retain_weight: float
-) -> System:
-    """Form the normal equations of one layer.
+class Equations:
+    """The normal equations of any rows that read one input; what the rows share is made once.
 
     Args:
-        layer: base and tuned weights and biases.
         new: moments of (tuned model, patched model) on the new task.
         old: moments of (base model, patched model) on old tasks; None without retention.
         percdamp: λ as a share of the new task's mean diagonal.
         retain_weight: β.
+
+    Attributes:
+        damping: λ.
+        retain_scale: β'; 0 without retention.
+        gram: ``G_p + β' G_q``, fp32 ``[cols, cols]``.
     """
-    damping = damping_of(new.diag, percdamp)
-    scale = 0.0 if old is None else retain_scale(new, old, retain_weight, damping)
-    delta = layer.tuned - layer.base
-    shift = _bias_shift(layer.tuned_bias, layer.out_bias)
-    retains = old is not None and scale > 0.0
-    if not retains and new.cross is None and shift is None:
-        return System(new.gram, None, damping, None, 0.0)
-    rhs, energy = _answer(layer.tuned, delta, shift, new)
-    if old is None or not retains:
-        return System(new.gram, rhs, damping, energy, 0.0)
-    kept_shift = _bias_shift(layer.base_bias, layer.out_bias)
-    kept_rhs, kept_energy = _answer(layer.base, None, kept_shift, old)
-    gram = torch.add(new.gram, old.gram, alpha=scale)
-    rhs.add_(kept_rhs, alpha=scale)
-    return System(gram, rhs, damping, energy + scale * kept_energy, scale)
+
+    def __init__(
+        self, new: Moments, old: Moments | None, percdamp: float, retain_weight: float
+    ) -> None:
+        self.damping = damping_of(new.diag, percdamp)
+        self.retain_scale = (
+            0.0 if old is None else retain_scale(new, old, retain_weight, self.damping)
+        )
+        self._new, self._old = new, old if self.retain_scale > 0.0 else None
+        self.gram = new.gram
+        if self._old is not None:
+            self.gram = torch.add(new.gram, self._old.gram, alpha=self.retain_scale)
+
+    def system(self, layer: Layer) -> System:
+        """Form the equations of some rows of a layer."""
+        new, old, damping, scale = self._new, self._old, self.damping, self.retain_scale
+        delta = layer.tuned - layer.base
+        shift = bias_shift(layer.tuned_bias, layer.out_bias)
+        if old is None and new.cross is None and shift is None:
+            return System(self.gram, None, damping, None, 0.0)
+        rhs, energy = answer_terms(layer.tuned, delta, shift, new)
+        if old is not None:
+            kept_shift = bias_shift(layer.base_bias, layer.out_bias)
+            kept_rhs, kept_energy = answer_terms(layer.base, None, kept_shift, old)
+            rhs.add_(kept_rhs, alpha=scale)
+            energy = energy + scale * kept_energy
+        return System(self.gram, rhs, damping, energy, scale)
 
 
-def _bias_shift(target: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+def build_system(
+    layer: Layer, new: Moments, old: Moments | None, percdamp: float, retain_weight: float
+) -> System:
+    """Form the normal equations of one layer; the arguments are those of ``Equations``."""
+    return Equations(new, old, percdamp, retain_weight).system(layer)
+
+
+def bias_shift(target: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
     """``b_target - b_out``; None when it is zero."""
     if target is None or out is None or torch.equal(target, out):
         return None
     return target - out
 
 
-def _answer(
+def answer_terms(
     weight: torch.Tensor,
     delta: torch.Tensor | None,
     shift: torch.Tensor | None,

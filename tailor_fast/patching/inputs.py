@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tailor_fast._core.errors import UsageError
-from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.recipe import DEFAULT_REFITS, SCORE, Recipe
 from tailor_fast.patching.report import Report
 
 
@@ -60,6 +60,7 @@ def resolve(recipe: Recipe, given: Given, report: Report) -> Recipe:
             "retain statistics are of kind 'diag'; decorate 'exact' needs the whole Gram; calibrate"
             " with kind 'full'"
         )
+    recipe = _with_refits(recipe, given, report)
     if given.samples and given.old_statistics is not None and recipe.propagate == "asymmetric":
         report.notes.append(
             "retain statistics: the patched model's inputs on old tasks are taken to be the base"
@@ -71,6 +72,16 @@ def resolve(recipe: Recipe, given: Given, report: Report) -> Recipe:
             " Gram only"
         )
     return recipe
+
+
+def _with_refits(recipe: Recipe, given: Given, report: Report) -> Recipe:
+    if recipe.refits is not None:
+        return recipe
+    refits = 0
+    if recipe.decorate == "exact" and given.old and not SCORE & recipe.model_fields_set:
+        refits = DEFAULT_REFITS
+        report.notes.append(f"old-task data: the mask is chosen in {refits} refits, not by a score")
+    return recipe.model_copy(update={"refits": refits})
 
 
 def _with_statistics(recipe: Recipe, given: Given, report: Report) -> Recipe:
@@ -104,6 +115,11 @@ def _with_diagonal(recipe: Recipe, explicit: set[str], report: Report) -> dict[s
             f"sensitivity {recipe.sensitivity!r} needs Grams; the statistics are of kind 'diag';"
             " use 'diag' or 'ratio'"
         )
+    if recipe.refits:
+        raise UsageError(
+            f"refits {recipe.refits} need Grams; the statistics are of kind 'diag'; calibrate with"
+            " kind 'full', or leave refits out"
+        )
     sensitivity = "diag" if recipe.sensitivity in ("obs", "weight") else recipe.sensitivity
     report.notes.append(
         f"statistics of kind 'diag': sensitivity {sensitivity!r}, nothing decorated"
@@ -124,6 +140,8 @@ def _without_data(recipe: Recipe, given: Given, report: Report) -> Recipe:
         wanted.add("decorate")
     if "propagate" in wanted and recipe.propagate == "none":
         wanted.discard("propagate")
+    if recipe.refits:
+        wanted.add("refits")
     for what in sorted(wanted):
         raise UsageError(
             f"{what} {getattr(recipe, what)!r} needs data of the new task; got none; give"
@@ -131,5 +149,5 @@ def _without_data(recipe: Recipe, given: Given, report: Report) -> Recipe:
         )
     report.notes.append("no data: salience only, nothing decorated")
     return recipe.model_copy(
-        update={"salience_weight": 1.0, "decorate": "none", "propagate": "none"}
+        update={"salience_weight": 1.0, "decorate": "none", "propagate": "none", "refits": 0}
     )

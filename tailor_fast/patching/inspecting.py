@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailor_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint, shown_size
+from tailor_fast._core.regular import read_regular
+from tailor_fast.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    adapter_files,
+    is_adapter,
+    local_path,
+    open_checkpoint,
+    read_adapter_config,
+    shown_size,
+)
 from tailor_fast.patching.outputs import Output, is_output, read_output
 from tailor_fast.patching.recipe import Recipe
 
@@ -51,11 +63,14 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Look at a checkpoint file, a checkpoint directory or an output.
+    """Look at a checkpoint file, a checkpoint directory, an adapter's directory or an output.
 
     Raises:
         InputError: it cannot be read, or breaks a rule of its format.
     """
+    path = local_path(path)
+    if is_adapter(path):
+        return _inspect_adapter(path)
     with open_checkpoint(path) as checkpoint:
         tensors = tuple(checkpoint.tensors.values())
         found = {
@@ -66,20 +81,44 @@ def inspect_path(path: Path) -> Inspection:
         }
         if is_output(path):
             found |= _patch_facts(read_output(path))
-        return Inspection(
-            found,
-            _by_dtype(tensors),
-            tuple(
-                ShardUse(
-                    shard.file_name,
-                    sum(info.shard == shard.file_name for info in tensors),
-                    shard.snapshot.size,
-                )
-                for shard in checkpoint.shards
-            ),
-            tensors,
-            checkpoint.warnings,
-        )
+        return _inspection(found, (checkpoint,))
+
+
+def _inspect_adapter(path: Path) -> Inspection:
+    config = read_adapter_config(path)
+    kind = "DoRA" if config.dora else "LoRA"
+    scale = "alpha / sqrt(rank)" if config.rslora else "alpha / rank"
+    patterns = len(config.ranks) + len(config.alphas)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_checkpoint(file)) for file in adapter_files(path)]
+        found = {
+            "path": path,
+            "adapter": f"{kind} of rank {config.rank}, alpha {config.alpha:g}, scale {scale}",
+            "patterns": f"{patterns} other ranks and alphas" if patterns else None,
+            "trained on": config.base_model,
+            "size": f"{shown_size(sum(file.total_bytes for file in files))} in"
+            f" {sum(len(file.tensors) for file in files)} tensors",
+        }
+        return _inspection(found, files)
+
+
+def _inspection(found: dict[str, Any], files: Sequence[Checkpoint]) -> Inspection:
+    tensors = tuple(info for file in files for info in file.tensors.values())
+    return Inspection(
+        found,
+        _by_dtype(tensors),
+        tuple(
+            ShardUse(
+                shard.file_name,
+                sum(info.shard == shard.file_name for info in tensors),
+                shard.snapshot.size,
+            )
+            for file in files
+            for shard in file.shards
+        ),
+        tensors,
+        tuple(warning for file in files for warning in file.warnings),
+    )
 
 
 def _by_dtype(tensors: tuple[TensorInfo, ...]) -> tuple[DtypeUse, ...]:
@@ -96,7 +135,7 @@ def _architecture(checkpoint: Checkpoint) -> str | None:
         return None
     path = checkpoint.directory / "config.json"
     try:
-        named = json.loads(path.read_bytes()).get("architectures")
+        named = json.loads(read_regular(path)).get("architectures")
     except (OSError, ValueError, AttributeError):
         return None
     return ", ".join(map(str, named)) if isinstance(named, list) else None
@@ -113,8 +152,16 @@ def _patch_facts(output: Output) -> dict[str, Any]:
         "made by": f"tailor_fast {output.manifest['versions'].get('tailor_fast', '?')}",
         "base": output.input_path("base"),
         "tuned": output.input_path("tuned"),
+        "tasks": _tasks(output),
         "kept": f"{100 * report['density']:.2f}%, {kept:,} of {weights:,} weights in {len(rows)}"
         " tensors",
         "recipe": ", ".join(f"{key} {value}" for key, value in chosen.items()) or "defaults",
         "notes": "\n".join(report.get("notes", ())) or None,
     }
+
+
+def _tasks(output: Output) -> str | None:
+    """The tasks that were stitched; None for a patch."""
+    tasks = output.report.get("tasks", {})
+    lines = (f"{t}, weight {of['weight']:g}: {output.input_path(t)}" for t, of in tasks.items())
+    return "\n".join(lines) or None

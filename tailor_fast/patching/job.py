@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tailor_fast._core.errors import InputError, UsageError
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.calibration.data import read_data
 from tailor_fast.calibration.groups import discover
@@ -20,18 +21,20 @@ from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Statistics, is_statistics, open_statistics
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
-from tailor_fast.checkpoint import Layout, StagedCheckpoint, plan_layout
+from tailor_fast.checkpoint import Layout, Resume, StagedCheckpoint, plan_layout
 from tailor_fast.models import Target, caller
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.memory import divide_memory
 from tailor_fast.patching.pipeline import Writer
-from tailor_fast.patching.plan import PatchPlan, make_plan
+from tailor_fast.patching.plan import PatchPlan, check_plan, make_plan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
+from tailor_fast.patching.resuming import Ledger, resume_of
+from tailor_fast.patching.shared import Discard, SharedLedger
 from tailor_fast.patching.solver import Solver, units_of
-from tailor_fast.patching.sources import BLOCK_BYTES, Sources, open_sources
+from tailor_fast.patching.sources import Sources, check_owner, open_sources
 from tailor_fast.patching.streamed import StreamedWeights
 from tailor_fast.patching.tailor import make_streams
 
@@ -62,16 +65,32 @@ class Job:
     Attributes:
         recipe: as it is run with the data at hand.
         report: filled in.
+        processes: do the run together; process 0 writes.
     """
 
     def __init__(self, request: Request, progress: Progress | None) -> None:
         self.request = request
         self.progress = progress or Silent()
+        self.processes = ALONE
         self.report = Report(request.recipe.model_dump())
         self._stack = ExitStack()
         self._statistics: Statistics | None = None
         self._old_statistics: Statistics | None = None
         self.recipe = request.recipe
+
+    def join(self, processes: Processes) -> None:
+        """Do the run together with other processes.
+
+        Raises:
+            UsageError: there is nothing that they could share.
+        """
+        request = self.request
+        if processes.count > 1 and request.calibration is None and request.statistics is None:
+            raise UsageError(
+                f"without data there is nothing to share; got {processes.count} processes; expected"
+                " one; start it without torchrun, or give calibration data"
+            )
+        self.processes, self.report.processes = processes, processes.count
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Sources, Layout]]:
@@ -85,9 +104,11 @@ class Job:
             self.recipe = resolve(request.recipe, self._given(), self.report)
             runs_model = request.calibration is not None
             sources = stack.enter_context(
-                open_sources(request.base, request.tuned, self.recipe, runs_model=runs_model)
+                open_sources(
+                    request.base, request.tuned, self.recipe, runs_model=runs_model, joins=True
+                )
             )
-            infos = sources.tuned.checkpoint.tensors.values()
+            infos = sources.joined.tensors.values()
             shard = request.options.max_shard_bytes
             yield sources, plan_layout(infos, max_shard_bytes=shard)
 
@@ -95,7 +116,8 @@ class Job:
         """Plan the run; refuses what cannot fit.
 
         Raises:
-            UsageError: ``max_ram`` is less than the largest block and its statistics take.
+            UsageError: ``max_ram`` is less than the largest block and its statistics take, or
+                more than the machine has; the machine or the GPU has less than the run takes.
         """
         plan = make_plan(
             sources,
@@ -103,56 +125,101 @@ class Job:
             self.recipe,
             given=self._given(),
             max_ram=self.request.options.max_ram,
+            device=torch.device(self.request.options.device).type,
             notes=self.report.notes,
         )
-        limit = self.request.options.max_ram
-        if limit is not None and plan.ram > limit:
-            raise UsageError(
-                f"max_ram of {limit} bytes is too little: the largest block and its statistics take"
-                f" {plan.ram}; expected more, or fewer layers (`targets`), or propagate 'none'"
-            )
-        return plan
+        with_data = self.request.calibration is not None or self._statistics is not None
+        return check_plan(plan, self.request.options, with_data=with_data)
 
-    def run(self, sources: Sources, staged: StagedCheckpoint, writer: Writer) -> None:
+    def resume(self, sources: Sources, layout: Layout) -> Resume:
+        """Whether, and from what, the run may go on."""
+        request = self.request
+        data = {"calibration": request.calibration, "statistics": request.statistics}
+        data["retain"] = request.retain
+        count = self.processes.count
+        return resume_of(request.options, self.recipe, sources, layout, data, processes=count)
+
+    def run(
+        self, sources: Sources, staged: StagedCheckpoint, writer: Writer, ledger: Ledger
+    ) -> None:
         """Write every tensor of the output; the last may be on their way to disk at the end."""
         plan = self.plan(sources, staged.layout)
         self.report.notes[:] = plan.notes
+        if ledger.earlier:
+            note = f"{len(ledger.earlier)} of {len(staged.layout.tensors)} tensors"
+            self.report.notes.append(f"{note} were finished by an earlier run")
+            self.progress.note(self.report.notes[-1])
         with torch.no_grad():
             if self.request.calibration is None and self._statistics is None:
-                self._without_data(sources, staged, writer)
+                self._without_data(sources, staged, writer, ledger)
             else:
-                self._with_data(sources, staged, writer, plan)
+                self._with_data(sources, staged, writer, plan, ledger)
 
-    def _without_data(self, sources: Sources, staged: StagedCheckpoint, writer: Writer) -> None:
+    def _without_data(
+        self, sources: Sources, staged: StagedCheckpoint, writer: Writer, ledger: Ledger
+    ) -> None:
         targets = {layer.target.name: layer.target for layer in sources.layers}
         memory = divide_memory(sources, self.recipe, self.request.options.max_ram)
         device = torch.device(self.request.options.device)
         units = self._units(sources, targets)
         self.progress.start(len(targets))
-        run = DataFree(sources, self.recipe, units, self.report, memory, device)
+        run = DataFree(sources, self.recipe, units, self.report, memory, device, ledger)
         run.run(staged, writer, self.progress.group)
 
+    def follow(self, sources: Sources, layout: Layout) -> None:
+        """Take part in the run that process 0 writes."""
+        plan = self.plan(sources, layout)
+        self.report.notes[:] = plan.notes
+        with torch.no_grad():
+            self._solve(sources, Discard(), plan, None)
+
     def _with_data(
-        self, sources: Sources, staged: StagedCheckpoint, writer: Writer, plan: PatchPlan
+        self,
+        sources: Sources,
+        staged: StagedCheckpoint,
+        writer: Writer,
+        plan: PatchPlan,
+        ledger: Ledger,
     ) -> None:
-        device = torch.device(self.request.options.device)
+        written = self._solve(sources, writer, plan, ledger)
+        names = [name for shard in staged.layout.shards for name in shard.tensors]
+        done = written | ledger.earlier
+        rest = [name for name in names if name not in done]
+        copy_rest(sources, writer, rest)
+
+    def _solve(
+        self,
+        sources: Sources,
+        writer: Writer | Discard,
+        plan: PatchPlan,
+        ledger: Ledger | None,
+    ) -> set[str]:
+        """Patch every layer; returns the tensors written."""
+        device, processes = torch.device(self.request.options.device), self.processes
         layers = [layer for layer in sources.layers if not sources.equal(layer.tensor)]
         self.report.note_equal(len(sources.layers) - len(layers), len(sources.layers))
         named = {layer.target.name: layer for layer in layers}
-        weights = StreamedWeights(sources, writer, named, device)
+        what = [self.recipe.model_dump(), list(named), list(sources.tuned.checkpoint.tensors)]
+        processes.agree("recipe and checkpoints", what)
+        if ledger is None or processes.count > 1:
+            shared: Ledger | SharedLedger = SharedLedger(ledger, sources, processes)
+        else:
+            shared = ledger
+        weights = StreamedWeights(sources, writer, named, device, shared)
         targets = {name: layer.target for name, layer in named.items()}
         units = self._units(sources, targets)
-        solver = Solver(self.recipe, weights, targets, units, self.report)
-        self._check_statistics(sources)
+        solver = Solver(self.recipe, weights, targets, units, self.report, processes)
+        if processes.rank == 0:
+            self._check_statistics(sources)
         if self._statistics is None:
             self._from_samples(weights, solver, plan)
         else:
             self._from_statistics(weights, solver, self._statistics)
         for row in self.report.linears:
             row.tensor = named[row.name].tensor
-        names = [name for shard in staged.layout.shards for name in shard.tensors]
-        rest = [name for name in names if name not in weights.written]
-        copy_rest(sources, writer, rest, self.recipe)
+        if processes.count > 1:
+            self.report.seconds["exchange"] = processes.seconds
+        return weights.written
 
     def _given(self) -> Given:
         kind = None if self._statistics is None else self._statistics.header.kind
@@ -172,7 +239,7 @@ class Job:
             (self._old_statistics, sources.base, "BASE"),
         ):
             if statistics is not None:
-                statistics.check_model(source.root(bytearray(BLOCK_BYTES)), role)
+                check_owner(statistics, source, sources.layers, role)
 
     def _old_moments(self, members: Sequence[str]) -> Moments | DiagonalMoments | None:
         statistics = self._old_statistics
@@ -201,8 +268,9 @@ class Job:
         self.progress.start(len(groups))
         told = self._told(weights)
         for done, group in enumerate(groups, 1):
-            new = statistics.moments(group[0], device)
-            if new is None:
+            if solver.finished(group):
+                solver.solve(group, None, None)
+            elif (new := statistics.moments(group[0], device)) is None:
                 solver.leave(group, "no counted token reaches it")
             else:
                 solver.solve(group, new, self._old_moments(group))
@@ -212,22 +280,24 @@ class Job:
         sources, device, recipe = weights.sources, weights.device, self.recipe
         keys = sources.keys
         tuned = StreamedModel(sources.tuned, keys, device)
-        new = self._batches(self.request.calibration, tuned, device) or []
-        old = None
+        new, first = self._batches(self.request.calibration, tuned, device)
+        old, first_old = None, 0
         if self._old_statistics is None:
-            old = self._batches(self.request.retain, tuned, device)
+            old, first_old = self._batches(self.request.retain, tuned, device)
         base = None if old is None else StreamedModel(sources.base, keys, device)
-        if recipe.propagate != "none":
+        # A process without batches runs no model: patched weights would pile up in it.
+        if recipe.propagate != "none" and (new or old):
             # What is not patched runs as it will be written.
-            rest = sources.base if recipe.untouched == "base" else sources.tuned
-            weights.patched = StreamedModel(rest, keys, device)
+            weights.patched = StreamedModel(sources.tuned, keys, device, sources.read_unpatched)
         patched = weights.patched or tuned  # not run without propagation
         models = ((base or tuned).model, tuned.model, patched.model)
-        streams = make_streams(recipe, models, (new, old), caller(tuned.model))
+        call, firsts = caller(tuned.model), (first, first_old)
+        streams = make_streams(recipe, models, (new or [], old), call, firsts)
         with ExitStack() as stack:
             attach(stack, tuned, base, weights.patched)
             self.progress.note("finding the input groups")
-            groups = discover(streams.tuned, weights.layers, tuned.residency.blocks)
+            blocks = tuned.residency.blocks
+            groups = discover(streams.tuned, weights.layers, blocks, self.processes)
             tuned.residency.release()
             self.progress.start(len(groups.sites))
             engine = Engine(solver, groups, streams, by_block=recipe.group == "block")
@@ -239,13 +309,16 @@ class Job:
 
     def _batches(
         self, path: Path | None, model: StreamedModel, device: torch.device
-    ) -> list[Batch] | None:
+    ) -> tuple[list[Batch] | None, int]:
+        """This process's batches, and how many others have before them."""
         if path is None:
-            return None
-        data = read_data(path, self.request.tuned, model, self.request.options, device)
+            return None, 0
+        share = self.processes.share
+        processor = model.source.checkpoint.processor_directory or self.request.tuned
+        data = read_data(path, processor, model.model, self.request.options, device, share)
         if data.note:
             self.report.notes.append(data.note)
-        return data.batches
+        return data.batches, data.first
 
     def _spill(self, plan: PatchPlan, stack: ExitStack) -> ActivationSpill | None:
         limit = self.request.options.max_ram
@@ -260,6 +333,10 @@ class Job:
 
         def told(name: str, done: int, total: int) -> None:
             written = sum(sizes[tensor].nbytes for tensor in weights.written)
-            self.progress.group(name, done, total, written)
+            try:
+                self.progress.group(name, done, total, written)
+            except KeyboardInterrupt:
+                weights.writer.drain()  # the group is finished only when it is written
+                raise
 
         return told

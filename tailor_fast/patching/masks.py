@@ -60,7 +60,7 @@ class Masks:
         if self.needs_scores_first:
             selector = self._selectors[self._units[name]]
             return selector.mask(name, pair.base, pair.tuned, self._weights[name])
-        recipe = self._recipe
+        recipe = self._recipe.of(name)
         return select_patch(
             pair.base,
             pair.tuned,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tailor_fast.patching.pipeline import Part, Side
+from tailor_fast.patching.pipeline import Part
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.ring import aligned
 from tailor_fast.patching.sources import LayerOnDisk, Sources
@@ -15,6 +15,7 @@ from tailor_fast.patching.sources import LayerOnDisk, Sources
 LEAST_RING_BYTES, RING_BYTES = 192 << 20, 768 << 20
 _LAYERS = 4
 COPY_BYTES = 8 << 20  # most of a tensor that is copied in one part
+READERS = 2  # threads that read TUNED: the pipeline's, and the caller's
 SOLVERS = 2  # layers that are solved side by side
 _PARTS = 8  # that the ring holds at least of a layer that streams through it
 # What select takes per element beside the pair: the mask, and candidates of its threshold.
@@ -29,7 +30,7 @@ class Memory:
 
     Attributes:
         ring: for what is on its way between the files.
-        beside: for solving the largest part of a layer.
+        beside: for solving the largest part of a layer, and for what reading takes.
     """
 
     ring: int
@@ -44,32 +45,35 @@ class Memory:
 def divide_memory(sources: Sources, recipe: Recipe, limit: int | None) -> Memory:
     """Choose the largest ring that ``limit`` allows, if it can hold what one layer needs."""
     layers = sources.layers
+    reading = READERS * sources.tuned.checkpoint.reading_bytes
     least = max(_least_ring(sources, layer, recipe) for layer in layers)
-    whole = sum(2 * aligned(info.nbytes) for info in sources.tuned.checkpoint.tensors.values())
+    whole = sum(2 * aligned(info.nbytes) for info in sources.joined.tensors.values())
     wanted = max(LEAST_RING_BYTES, _LAYERS * max(_pair_bytes(sources, layer) for layer in layers))
     ring = max(least, min(RING_BYTES, wanted, whole))
     while True:
-        memory = Memory(ring, max(_beside(sources, layer, ring) for layer in layers))
+        beside = reading + max(_beside(sources, layer, ring) for layer in layers)
+        memory = Memory(ring, beside)
         if limit is None or memory.total <= limit or ring == least:
             return memory
         ring = max(least, aligned(ring * 7 // 8))
 
 
 def parts_of(sources: Sources, layer: LayerOnDisk, ring: int) -> Iterator[Part]:
-    """Cut a layer into parts of whole rows: one, if both inputs fit into the ring."""
+    """Cut a layer into parts of whole rows: one, if both inputs fit into the ring.
+
+    A tensor of several matrices is cut into these.
+    """
     nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
     step = _rows_at_once(sources, layer, ring) * (nbytes // max(1, layer.shape[0]))
     for begin in range(0, nbytes, max(1, step)):
         yield Part(layer.tensor, begin, min(nbytes, begin + step))
 
 
-def copy_parts(sources: Sources, name: str, recipe: Recipe) -> Iterator[Part]:
-    """Cut a tensor that is copied from the input that ``recipe`` says; a layer from base."""
-    layers = sources.layer_tensors
-    side: Side = "base" if recipe.untouched == "base" or name in layers else "tuned"
-    nbytes = sources.tuned.checkpoint.tensors[name].nbytes
-    for begin in range(0, nbytes, COPY_BYTES):
-        yield Part(name, begin, min(nbytes, begin + COPY_BYTES), (side,))
+def copy_parts(sources: Sources, name: str) -> Iterator[Part]:
+    """Cut a tensor that is copied, each part from the input that it comes from."""
+    for origin in sources.origins(name):
+        for begin in range(origin.begin, origin.end, COPY_BYTES):
+            yield Part(name, begin, min(origin.end, begin + COPY_BYTES), (origin.side,))
 
 
 def is_cut(sources: Sources, layer: LayerOnDisk, ring: int) -> bool:
@@ -87,12 +91,12 @@ def _streams(layer: LayerOnDisk, recipe: Recipe) -> bool:
 
 
 def _pair_bytes(sources: Sources, layer: LayerOnDisk) -> int:
-    return 2 * aligned(sources.tuned.checkpoint.tensors[layer.tensor].nbytes)
+    return 2 * aligned(sources.tuned.checkpoint.tensors[layer.tensor].nbytes // layer.slices)
 
 
 def _least_ring(sources: Sources, layer: LayerOnDisk, recipe: Recipe) -> int:
     nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
-    if not _streams(layer, recipe):
+    if layer.slices > 1 or not _streams(layer, recipe):
         return _pair_bytes(sources, layer)
     return 2 * _PARTS * max(aligned(nbytes // max(1, layer.shape[0])), COPY_BYTES // _PARTS)
 
@@ -100,7 +104,8 @@ def _least_ring(sources: Sources, layer: LayerOnDisk, recipe: Recipe) -> int:
 def _beside(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
     rows, cols = layer.shape
     if layer.target.transposed:
-        copies = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+        copies = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes // layer.slices
+        rows //= layer.slices
     else:
         copies, rows = 0, _rows_at_once(sources, layer, ring)
     return SOLVERS * (copies + int(rows * cols * _SELECT_BYTES))
@@ -109,6 +114,8 @@ def _beside(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
 def _rows_at_once(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
     nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
     rows = layer.shape[0]
+    if layer.slices > 1:
+        return rows // layer.slices
     if 2 * aligned(nbytes) <= ring:
         return rows
     return max(1, ring // (2 * _PARTS) // (nbytes // rows))

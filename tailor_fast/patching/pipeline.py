@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
-from tailor_fast.checkpoint import Hashed, StagedCheckpoint, TensorInfo
+from tailor_fast.checkpoint import Hashed, Side, StagedCheckpoint, TensorInfo
 from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.patching.ring import Ring, Span
 
-Side = Literal["base", "tuned"]
 T = TypeVar("T")
 
 # Small enough to be hashed while it is in the cache, and for Ctrl-C not to wait.
@@ -84,10 +83,14 @@ class Writer:
 
     Args:
         staged: where to.
+        facts: what a later run is to know of a tensor that is written.
     """
 
-    def __init__(self, staged: StagedCheckpoint) -> None:
+    def __init__(
+        self, staged: StagedCheckpoint, facts: Callable[[str], dict[str, Any]] | None = None
+    ) -> None:
         self._staged = staged
+        self._facts = facts
         self._worker = Worker("write")
         self._writes: deque[Future[None]] = deque()
 
@@ -118,6 +121,8 @@ class Writer:
                 after.result()
             for at, end in self._worker.pieces(0, len(data), WRITE_BYTES):
                 self._staged.write(name, begin + at, data[at:end])
+            if self._facts is not None and self._staged.is_written(name):
+                self._staged.note(name, self._facts(name))
 
         self._writes.append(self._worker.submit(task))
         return self._writes[-1]
@@ -179,7 +184,7 @@ class Loaded:
         dtype = info.torch_dtype
         if dtype is None:
             raise TypeError(f"{info.name!r}: torch has no dtype {info.dtype}")
-        return torch.frombuffer(self.view(side), dtype=dtype).view(-1, info.shape[1])
+        return torch.frombuffer(self.view(side), dtype=dtype).view(-1, info.shape[-1])
 
 
 class Pipeline:
@@ -286,7 +291,7 @@ class Pipeline:
         reader, source = self._readers[side], self._inputs[side]
 
         def task() -> None:
-            if name not in source.digests:
+            if source.unread(name):
                 buffer = bytearray(PIECE_BYTES)
                 for at, end in reader.pieces(0, source.checkpoint.tensors[name].nbytes):
                     source.read_into(name, buffer, at, end)

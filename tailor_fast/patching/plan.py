@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
+from tailor_fast._core.errors import UsageError
+from tailor_fast._core.machine import check_device_memory, check_memory
+from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.streamed import run_dtype, skeleton_of
 from tailor_fast.checkpoint import Layout
 from tailor_fast.models import Residency
@@ -13,16 +18,19 @@ from tailor_fast.ops.select import kept_count
 from tailor_fast.patching.inputs import Given
 from tailor_fast.patching.memory import FIXED_BYTES, divide_memory
 from tailor_fast.patching.recipe import Recipe
-from tailor_fast.patching.sources import Sources
+from tailor_fast.patching.solving import SOLVED_AT_ONCE
+from tailor_fast.patching.sources import LayerOnDisk, Sources
 
 _FP32 = 4
 # Measured on layers of several shapes: bytes per weight at the peak, beside words and Grams, of a
 # layer that is solved from one Gram; of one whose right-hand side is formed, in float64 for a
-# moment; more of it with retention; and matrices of the Gram's size while scores are prepared.
+# moment; more of it with retention; and matrices of the Gram's size while scores are prepared. An
+# exact solve takes them for the rows that it works on at once, and for the whole layer the mask.
 _PLAIN_BYTES = 40
 _SYSTEM_BYTES = 77
 _RETAIN_BYTES = 16
 _FACTORS = 4
+_MASK_BYTES = 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ def make_plan(
     *,
     given: Given,
     max_ram: int | None,
+    device: str,
     notes: Sequence[str],
 ) -> PatchPlan:
     """Plan a run.
@@ -94,15 +103,18 @@ def make_plan(
         recipe: as resolved for the data at hand.
         given: the data at hand.
         max_ram: memory that the run may take, in bytes; None without a limit.
+        device: where layers are solved, ``cpu`` or ``cuda``.
         notes: what was decided so far.
     """
     layers = tuple(
-        PlannedLayer(layer.target.name, layer.tensor, *layer.shape, _kept(layer.shape, recipe))
+        PlannedLayer(layer.target.name, layer.tensor, *layer.shape, _kept(layer, recipe))
         for layer in sources.layers
     )
     if given.samples or given.statistics is not None:
         weights = _resident_weights(sources, recipe, given.old) if given.samples else 0
-        solve = max(_solve_bytes(sources, layer, recipe, given) for layer in layers)
+        solve = sources.tuned.checkpoint.reading_bytes + max(
+            _solve_bytes(sources, layer, recipe, given, device) for layer in layers
+        )
     else:
         memory = divide_memory(sources, recipe, max_ram)
         weights, solve = memory.ring, memory.beside
@@ -118,8 +130,37 @@ def make_plan(
     )
 
 
-def _kept(shape: tuple[int, int], recipe: Recipe) -> int:
-    return kept_count(shape[0] * shape[1], recipe.density)
+def check_plan(plan: PatchPlan, options: RunOptions, *, with_data: bool) -> PatchPlan:
+    """Check a plan against the memory that it may take and that there is.
+
+    Args:
+        plan: of the run.
+        options: of the run.
+        with_data: whether statistics or samples are read; then all is where layers are solved.
+
+    Returns:
+        The plan, with a note where less is free at the moment than it takes.
+
+    Raises:
+        UsageError: more than ``options.max_ram``, the machine's memory, or the GPU's.
+    """
+    limit, device = options.max_ram, torch.device(options.device)
+    if limit is not None and plan.ram > limit:
+        raise UsageError(
+            f"max_ram of {limit} bytes is too little: the largest block and its statistics take"
+            f" {plan.ram}; expected more, or fewer layers (`targets`), or propagate 'none'"
+        )
+    # Blocks pass through the machine's memory on their way to a GPU.
+    need = plan.ram_peak if device.type == "cpu" else plan.ram_peak - plan.ram_solve
+    told = check_memory(need, limit)
+    told += check_device_memory(plan.ram if with_data else plan.ram_solve, device)
+    return replace(plan, notes=(*plan.notes, *told))
+
+
+def _kept(layer: LayerOnDisk, recipe: Recipe) -> int:
+    weights = layer.shape[0] * layer.shape[1]
+    density = recipe.of(layer.target.name).density
+    return layer.slices * kept_count(weights // layer.slices, density)
 
 
 def _resident_weights(sources: Sources, recipe: Recipe, retains: bool) -> int:
@@ -132,18 +173,25 @@ def _resident_weights(sources: Sources, recipe: Recipe, retains: bool) -> int:
     return largest * size * models
 
 
-def _solve_bytes(sources: Sources, layer: PlannedLayer, recipe: Recipe, given: Given) -> int:
+def _solve_bytes(
+    sources: Sources, layer: PlannedLayer, recipe: Recipe, given: Given, device: str
+) -> int:
     """Working set of one layer: words of both inputs, fp32 copies, matrices of its inputs' size."""
     matrix, square = layer.rows * layer.cols, layer.cols * layer.cols * _FP32
-    words = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    nbytes = sources.tuned.checkpoint.tensors[layer.tensor].nbytes
+    words = 2 * nbytes
     if given.statistics == "diag":
         return words + matrix * _PLAIN_BYTES
     exact = recipe.decorate == "exact"
+    if exact and not recipe.refits:
+        solved = min(matrix, max(layer.cols, SOLVED_AT_ONCE[device]))
+        words += (matrix - solved) * (_MASK_BYTES + nbytes // max(1, matrix))
+        matrix = solved
     paired = recipe.propagate == "asymmetric" and exact
     grams = (3 if paired else 1) + (3 if given.old and exact else 0)
+    scoring = _FACTORS if recipe.sensitivity in ("obs", "weight") else 0
     if grams == 1:
-        scoring = _FACTORS if recipe.sensitivity in ("obs", "weight") else 0
         solving = matrix * _PLAIN_BYTES + square
         return words + square + max(square * scoring, solving)
     copies = _SYSTEM_BYTES + (_RETAIN_BYTES if given.old else 0)
-    return words + matrix * copies + square * grams
+    return words + square * grams + max(square * scoring, matrix * copies)

@@ -48,6 +48,7 @@ class Report:
     linears: list[LinearReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    processes: int = 1  # that did the run together
 
     @property
     def targeted(self) -> int:

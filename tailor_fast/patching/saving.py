@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from tailor_fast._core.errors import UsageError
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.checkpoint import open_checkpoint
+from tailor_fast.checkpoint import MismatchError, match_pair, open_checkpoint, open_tuned
+from tailor_fast.models import names_as_stored
 from tailor_fast.patchfile.diffing import check_name, write_patch
 from tailor_fast.patchfile.writer import GrowingFile
 from tailor_fast.patching.checkpoints import patch_checkpoint
@@ -30,6 +35,7 @@ def patch_to_file(
     retain: PathLike | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """Patch ``base`` as ``patch_checkpoint`` does and write the patch file of the result.
 
@@ -43,12 +49,14 @@ def patch_to_file(
         recipe: every choice of the method; None takes the defaults.
         save_patch: patch file to write.
         checkpoint: False makes the patched model in the patch's staging directory and removes it
-            again, which takes its room on that disk for the time of the run.
+            again, which takes its room on that disk for the time of the run. Nothing is left for a
+            later run to go on from.
         calibration: as for ``patch_checkpoint``; so are the arguments below.
         statistics: likewise.
         retain: likewise.
         options: likewise; ``overwrite`` holds for both outputs.
         progress: likewise.
+        processes: likewise; process 0 alone writes the patch.
 
     Returns:
         The report.
@@ -58,23 +66,42 @@ def patch_to_file(
             ``diff_checkpoints``. When the patch cannot be written, ``out`` stays.
     """
     options, progress = options or RunOptions(), progress or Silent()
+    how: dict[str, Any] = {
+        "calibration": calibration,
+        "statistics": statistics,
+        "retain": retain,
+        "progress": progress,
+        "processes": processes,
+    }
+    if processes.rank > 0:
+        return patch_checkpoint(base, tuned, out, recipe, options=options, **how)
     check_name(save_patch)
+    if not checkpoint and options.resume == "required":
+        raise UsageError(
+            "resume 'required' without a checkpoint: nothing is kept of a run that writes a patch"
+            " alone; expected 'auto', 'never', or a checkpoint"
+        )
+    _check_same(base, tuned)
     # OUT is replaced whole, so that a patch inside it would be lost.
     apart = (base, tuned, out) if checkpoint else (base, tuned)
     with GrowingFile(save_patch, overwrite=options.overwrite, inputs=apart) as file:
         place = Path(out) if checkpoint else file.scratch / _SCRATCH
-        report = patch_checkpoint(
-            base,
-            tuned,
-            place,
-            recipe,
-            calibration=calibration,
-            statistics=statistics,
-            retain=retain,
-            options=options,
-            progress=progress,
-        )
+        if not checkpoint:  # the patch's staging goes, and the model in it
+            options = replace(options, resume="never")
+        report = patch_checkpoint(base, tuned, place, recipe, options=options, **how)
         progress.note(f"writing the patch to {file.out}")
         with open_checkpoint(base) as ours, open_checkpoint(place) as theirs:
             write_patch(ours, theirs, file, (base, out), "xxh3-128", progress)
     return report
+
+
+def _check_same(base: PathLike, tuned: PathLike) -> None:
+    """A patch file holds words, no new tensors and no new rows."""
+    with open_checkpoint(base) as ours, open_tuned(tuned, ours, names_as_stored) as theirs:
+        try:
+            match_pair(ours, theirs)
+        except MismatchError as error:
+            raise UsageError(
+                f"{error}; only the patched words of equal tensors go into a patch file; leave"
+                " save_patch out"
+            ) from error

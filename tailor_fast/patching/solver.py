@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.models import Target, blocks_of
 from tailor_fast.patching.layers import Weights
@@ -28,9 +29,10 @@ class Solver:
         targets: the layers to patch, by name.
         units: unit of each layer for scopes that span layers (``units_of``).
         report: filled in.
+        processes: share the rows of each layer.
 
     Attributes:
-        report: the same.
+        report, processes: the same.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Solver:
         targets: Mapping[str, Target],
         units: Mapping[str, str],
         report: Report,
+        processes: Processes = ALONE,
     ) -> None:
         self._recipe = recipe
         self._weights = weights
         self._targets = targets
         self._masks = Masks(recipe, units)
         self.report = report
+        self.processes = processes
 
     @property
     def needs_scores_first(self) -> bool:
@@ -63,6 +67,11 @@ class Solver:
         with self.report.timed("scores"):
             self._masks.observe_all(self._targets, self._weights)
 
+    def finished(self, members: Iterable[str]) -> bool:
+        """Whether an earlier run patched all of these layers: ``solve`` needs no moments then."""
+        targets = (self._targets[name] for name in members)
+        return all(self._weights.patched_earlier(target) is not None for target in targets)
+
     def solve(
         self,
         members: Sequence[str],
@@ -78,16 +87,26 @@ class Solver:
             old: moments of old tasks; None without retention.
             note: goes into the report.
         """
-        weight = None if self.needs_scores_first else self._column_weight(members, new, old)
+        weight = None
+        if not self.needs_scores_first and not self.finished(members):
+            weight = self._column_weight(members, new, old)
         inputs = GroupInputs(tuple(members), new, old, weight)
         for name in members:
             target = self._targets[name]
+            earlier = self._weights.patched_earlier(target)
+            if earlier is not None:
+                with self.report.timed("install"):
+                    self._weights.install_again(target)
+                self.report.linears.append(earlier)
+                continue
             with self.report.timed("solve"):
                 pair = self._weights.pair(target)
-                patched, row = solve_layer(target, pair, inputs, self._masks, self._recipe)
-            with self.report.timed("install"):
-                self._weights.install(target, patched)
+                patched, row = solve_layer(
+                    target, pair, inputs, self._masks, self._recipe.of(name), self.processes
+                )
             row.note = note
+            with self.report.timed("install"):
+                self._weights.install(target, patched, row)
             self.report.linears.append(row)
 
     def preview(self, names: Iterable[str]) -> None:
@@ -109,7 +128,12 @@ class Solver:
         if new is None or recipe.salience_weight == 1.0 or recipe.decorate == "official":
             return None
         with self.report.timed("scores"):
-            return column_weight(recipe.sensitivity, new, old, recipe.percdamp, members[0])
+            weight = column_weight(recipe.sensitivity, new, old, recipe.percdamp, members[0])
+            # Bit-equal in all processes, whatever their machines: the masks hang on it.
+            with self.processes.exchange():
+                self.processes.gather()
+                self.processes.broadcast(weight)
+            return weight
 
 
 def units_of(recipe: Recipe, model: nn.Module | None, targets: Iterable[str]) -> dict[str, str]:

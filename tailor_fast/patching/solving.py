@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.models import Target
-from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, decorate_official
-from tailor_fast.patching.equations import Layer, System, build_system
+from tailor_fast.ops.decorate import Decorated, decorate_obs, decorate_official
+from tailor_fast.patching.equations import Equations, Layer
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.masks import Masks
 from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.refit import Exact, refit_mask
 from tailor_fast.patching.report import LinearReport
 
 # Elements that are merged at once: on a CPU they stay in the cache, on a GPU they keep it busy.
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 _WORDS = {2: torch.int16, 4: torch.int32}
+# Elements of the rows that are solved exactly at once, so that the working copies, some 80 bytes
+# for each, do not grow with the layer: 2048 rows of 4096 columns on a CPU.
+SOLVED_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 24}
+_LOSSES = ("loss", "loss_undecorated", "loss_reverted")
 
 
 @dataclass(frozen=True)
@@ -33,24 +41,74 @@ class GroupInputs:
 
 
 def solve_layer(
-    target: Target, pair: LayerPair, inputs: GroupInputs, masks: Masks, recipe: Recipe
+    target: Target,
+    pair: LayerPair,
+    inputs: GroupInputs,
+    masks: Masks,
+    recipe: Recipe,
+    processes: Processes = ALONE,
 ) -> tuple[torch.Tensor, LinearReport]:
-    """Return the patched weight ``[rows, cols]`` in the models' dtype, and what was done."""
+    """Return the patched weight ``[rows, cols]`` in the models' dtype, and what was done.
+
+    Each process solves some of the rows, which do not depend on each other once the mask is known;
+    the authors' code makes its masks on the way, so that one process solves the layer whole.
+    """
     start = time.perf_counter()
     rows, cols = pair.base.shape
     report = LinearReport(target.name, rows, cols, kept=0, group=inputs.members)
     if recipe.decorate == "official" and isinstance(inputs.new, Moments):
-        weight, mask, decorated = _official(pair, inputs.new, recipe)
-        report.loss = float(decorated)
+        owner = inputs.members.index(target.name) % processes.count
+        parts = [slice(0, rows if rank == owner else 0) for rank in range(processes.count)]
+        weight = pair.base
+        if processes.rank == owner:
+            weight, mask, decorated = _official(pair, inputs.new, recipe)
+            report.kept, report.loss = int(mask.count_nonzero()), float(decorated)
     else:
         mask = masks.mask(target.name, pair, inputs.column_weight)
-        patch, result, system = _decorate(pair, mask, inputs, recipe)
-        weight = write_patch(pair.base, patch, mask)
-        _record(report, result, system)
-    report.kept = int(mask.count_nonzero())
+        parts = [processes.share_of(rank, rows) for rank in range(processes.count)]
+        own = parts[processes.rank]
+        part = pair.rows(own)
+        equations = _equations(inputs, recipe)
+        if equations is None:
+            patch, result = _decorate(part, mask[own], inputs, recipe)
+            weight = write_patch(part.base, patch, mask[own])
+            _record(report, result)
+        else:
+            report.damping, report.retain_scale = equations.damping, equations.retain_scale
+            if recipe.refits:
+                exact = _exact(part, equations, recipe)
+                mask = refit_mask(mask, exact, recipe, (parts, processes), target.name)
+                weight = _solve(part, mask[own], exact, report)
+            else:
+                weight = _solve_tiles(part, mask[own], equations, recipe, report)
+        report.kept = int(mask[own].count_nonzero())
+    if processes.count > 1:
+        weight = _together(weight, report, parts, processes)
     report.tokens = 0 if inputs.new is None else inputs.new.tokens
     report.seconds = time.perf_counter() - start
     return weight, report
+
+
+def _together(
+    weight: torch.Tensor, report: LinearReport, parts: Sequence[slice], processes: Processes
+) -> torch.Tensor:
+    """Put the processes' rows together; ``report`` then says what it would say of all of them."""
+    own = parts[processes.rank]
+    whole = weight.new_empty((report.rows, report.cols))
+    whole[own] = weight[: own.stop - own.start]
+    facts = (getattr(report, name) for name in (*_LOSSES, "iterations"))
+    with processes.exchange():
+        told = processes.gather(report.kept, *(math.nan if f is None else f for f in facts))
+        for rank, part in enumerate(parts):
+            processes.broadcast(whole[part], rank)
+    kept, *sums, iterations = zip(*told, strict=True)
+    report.kept = int(sum(kept))
+    for name, values in zip(_LOSSES, sums, strict=True):
+        known = [value for value in values if not math.isnan(value)]
+        setattr(report, name, math.fsum(known) if known else None)
+    steps = [value for value in iterations if not math.isnan(value)]
+    report.iterations = int(max(steps)) if steps else None
+    return whole
 
 
 def write_patch(base: torch.Tensor, patch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -80,36 +138,55 @@ def keep_(base: torch.Tensor, tuned: torch.Tensor, mask: torch.Tensor) -> None:
 
 def _decorate(
     pair: LayerPair, mask: torch.Tensor, inputs: GroupInputs, recipe: Recipe
-) -> tuple[torch.Tensor, Decorated | None, System | None]:
-    base, tuned = pair.base.float(), pair.tuned.float()
-    delta = tuned - base
-    new, old = inputs.new, inputs.old
+) -> tuple[torch.Tensor, Decorated | None]:
+    delta = pair.tuned.float() - pair.base.float()
+    new = inputs.new
     if not isinstance(new, Moments) or recipe.decorate == "none":
-        return torch.where(mask, delta, torch.zeros_like(delta)), None, None
-    if recipe.decorate == "obs":
-        result = decorate_obs(delta, mask, new.gram, percdamp=recipe.percdamp)
-        return result.patch, result, None
+        return torch.where(mask, delta, torch.zeros_like(delta)), None
+    result = decorate_obs(delta, mask, new.gram, percdamp=recipe.percdamp)
+    return result.patch, result
+
+
+def _equations(inputs: GroupInputs, recipe: Recipe) -> Equations | None:
+    """What all rows of an exact solve share; None for the other decorations."""
+    new, old = inputs.new, inputs.old
+    if not isinstance(new, Moments) or recipe.decorate != "exact":
+        return None
+    kept = old if isinstance(old, Moments) else None
+    return Equations(new, kept, recipe.percdamp, recipe.retain_weight)
+
+
+def _solve_tiles(
+    pair: LayerPair,
+    mask: torch.Tensor,
+    equations: Equations,
+    recipe: Recipe,
+    report: LinearReport,
+) -> torch.Tensor:
+    """The patched weight, solved some rows at a time: each row's problem is its own."""
+    rows, cols = pair.base.shape
+    weight = torch.empty_like(pair.base)
+    step = max(1, SOLVED_AT_ONCE[pair.base.device.type] // max(1, cols))
+    for begin in range(0, rows, step):
+        tile = slice(begin, min(begin + step, rows))
+        part = pair.rows(tile)
+        weight[tile] = _solve(part, mask[tile], _exact(part, equations, recipe), report)
+    return weight
+
+
+def _solve(pair: LayerPair, mask: torch.Tensor, exact: Exact, report: LinearReport) -> torch.Tensor:
+    result = exact.solve(mask)
+    _record(report, result)
+    return write_patch(pair.base, result.patch, mask)
+
+
+def _exact(pair: LayerPair, equations: Equations, recipe: Recipe) -> Exact:
+    """The problem of an exact solve of some rows."""
+    base, tuned = pair.base.float(), pair.tuned.float()
     biases = [None if b is None else b.float() for b in (pair.base_bias, pair.tuned_bias)]
     out_bias = biases[0] if recipe.untouched == "base" else biases[1]
-    layer = Layer(base, tuned, biases[0], biases[1], out_bias)
-    system = build_system(
-        layer,
-        new,
-        old if isinstance(old, Moments) else None,
-        recipe.percdamp,
-        recipe.retain_weight,
-    )
-    result = decorate_exact(
-        delta,
-        mask,
-        system.gram,
-        system.rhs,
-        damping=system.damping,
-        target_energy=None if system.rhs is None else system.target_energy,
-        tol=recipe.tol,
-        max_iterations=recipe.max_iterations,
-    )
-    return result.patch, result, system
+    system = equations.system(Layer(base, tuned, biases[0], biases[1], out_bias))
+    return Exact(tuned - base, system, recipe.tol, recipe.max_iterations)
 
 
 def _official(
@@ -126,16 +203,14 @@ def _official(
     return result.weight, result.mask, result.loss
 
 
-def _record(report: LinearReport, result: Decorated | None, system: System | None) -> None:
+def _record(report: LinearReport, result: Decorated | None) -> None:
+    """Add what some rows' solve tells to the layer's."""
     if result is None:
         return
-    report.loss = float(result.loss)
-    report.loss_undecorated = float(result.loss_undecorated)
-    report.loss_reverted = float(result.loss_reverted)
-    report.iterations = int(result.iterations)
-    if system is not None:
-        report.damping = system.damping
-        report.retain_scale = system.retain_scale
+    for name in _LOSSES:
+        before = getattr(report, name) or 0.0
+        setattr(report, name, before + float(getattr(result, name)))
+    report.iterations = max(report.iterations or 0, int(result.iterations))
 
 
 def left_at_base(target: Target, pair: LayerPair, note: str) -> LinearReport:

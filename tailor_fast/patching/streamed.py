@@ -11,6 +11,9 @@ from tailor_fast.checkpoint import Hashed
 from tailor_fast.models import Target
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.pipeline import Writer
+from tailor_fast.patching.report import LinearReport
+from tailor_fast.patching.resuming import Ledger
+from tailor_fast.patching.shared import Discard, SharedLedger
 from tailor_fast.patching.sources import LayerOnDisk, Sources
 
 
@@ -23,34 +26,42 @@ class StreamedWeights:
         writer: the output; each patched weight is written as soon as it is known.
         layers: layers by module name.
         device: where layers are solved.
+        ledger: what an earlier run finished, and this one.
         patched: the model that runs with patched weights; None without propagation.
         written: names of the tensors written.
     """
 
     sources: Sources
-    writer: Writer
+    writer: Writer | Discard
     layers: dict[str, LayerOnDisk]
     device: torch.device
+    ledger: Ledger | SharedLedger
     patched: StreamedModel | None = None
     written: set[str] = field(default_factory=set)
 
     def pair(self, target: Target) -> LayerPair:
         """Read the layer's tensors from both checkpoints."""
-        layer = self.layers[target.name]
-        return LayerPair(
-            self._matrix(self.sources.base, layer),
-            self._matrix(self.sources.tuned, layer),
-            self._bias(self.sources.base, layer),
-            self._bias(self.sources.tuned, layer),
-        )
+        return read_pair(self.sources, self.layers[target.name], self.device)
 
-    def install(self, target: Target, weight: torch.Tensor) -> None:
+    def install(self, target: Target, weight: torch.Tensor, row: LinearReport) -> None:
         """Write ``weight`` ``[rows, cols]`` to the output; the patched model runs with it."""
         layer = self.layers[target.name]
+        row.tensor = layer.tensor
+        self.ledger.rows[layer.tensor] = row
         stored = weight.T.contiguous() if target.transposed else weight
         self.writer.put(layer.tensor, stored.cpu())
         self.written.add(layer.tensor)
         self._set(target, stored)
+
+    def patched_earlier(self, target: Target) -> LinearReport | None:
+        """The line of a layer that an earlier run patched; None of any other."""
+        return self.ledger.patched_earlier(self.layers[target.name].tensor)
+
+    def install_again(self, target: Target) -> None:
+        """Let the patched model run with the words that the earlier run wrote."""
+        tensor = self.layers[target.name].tensor
+        self.written.add(tensor)
+        self._set(target, self.ledger.read(tensor))
 
     def preview(self, target: Target) -> None:
         """Let the patched model run with the tuned weight."""
@@ -61,9 +72,18 @@ class StreamedWeights:
             name = f"{target.name}.weight"
             self.patched.residency.set(name, self.patched.to_run(stored))
 
-    def _matrix(self, source: Hashed, layer: LayerOnDisk) -> torch.Tensor:
-        stored = source.read(layer.tensor).to(self.device)
-        return stored.T.contiguous() if layer.target.transposed else stored
 
-    def _bias(self, source: Hashed, layer: LayerOnDisk) -> torch.Tensor | None:
-        return None if layer.bias is None else source.read(layer.bias).to(self.device)
+def read_pair(sources: Sources, layer: LayerOnDisk, device: torch.device) -> LayerPair:
+    """Read a layer's tensors from both checkpoints; weights become ``[rows, cols]``."""
+
+    def matrix(source: Hashed) -> torch.Tensor:
+        stored = source.read(layer.tensor).to(device)
+        if layer.target.transposed:
+            stored = stored.transpose(-2, -1).contiguous()
+        return stored.view(-1, stored.shape[-1])
+
+    def bias(source: Hashed) -> torch.Tensor | None:
+        return None if layer.bias is None else source.read(layer.bias).to(device)
+
+    base, tuned = sources.base, sources.tuned
+    return LayerPair(matrix(base), matrix(tuned), bias(base), bias(tuned))

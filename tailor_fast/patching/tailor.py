@@ -11,16 +11,24 @@ import torch
 from torch import nn
 
 from tailor_fast._core.errors import UsageError
+from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.collect import Streams
 from tailor_fast.calibration.groups import discover
 from tailor_fast.calibration.lockstep import Batch, Stream
-from tailor_fast.models import Target, caller, find_targets, pair_parameters, weight_view
+from tailor_fast.models import (
+    Target,
+    caller,
+    find_targets,
+    pair_parameters,
+    split_experts,
+    weight_view,
+)
 from tailor_fast.ops.codec import EncodedPatch, encode_patch
 from tailor_fast.patching.engine import Engine, Progress, silent
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.recipe import Recipe
-from tailor_fast.patching.report import Report
+from tailor_fast.patching.report import LinearReport, Report
 from tailor_fast.patching.solver import Solver, units_of
 
 
@@ -48,6 +56,7 @@ def tailor_model(
     *,
     retain_batches: Iterable[Batch] | None = None,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> Tailored:
     """Repair a fine-tuned model's forgetting: a sparse, decorated patch on the base model.
 
@@ -66,42 +75,54 @@ def tailor_model(
         retain_batches: samples of old tasks, whose answers by the base model are held on to with
             weight ``recipe.retain_weight``.
         progress: called with (group, groups done, groups in all).
+        processes: what ``join_processes`` yields, to do it together with others: every process
+            gives the same models and recipe and its own share of the batches, which may be an empty
+            list, and gets the same model back.
 
     Returns:
         ``Tailored(model, patch, report)``.
 
     Raises:
         InputError: the two models do not match, or activations are not finite.
+        PeerError: another process failed.
         UsageError: the recipe needs data that was not given, or has no use for data that was.
     """
     recipe = recipe or Recipe()
-    report = Report(recipe.model_dump())
-    new = None if batches is None else _listed("batches", batches)
-    old = None if retain_batches is None else _listed("retain_batches", retain_batches)
+    report = Report(recipe.model_dump(), processes=processes.count)
+    given = (batches is not None, retain_batches is not None)
+    processes.agree("recipe and kinds of data", [recipe.model_dump(), given])
+    new, first = _listed("batches", batches, processes)
+    old, first_old = _listed("retain_batches", retain_batches, processes)
     recipe = resolve(recipe, Given(samples=new is not None, old_samples=old is not None), report)
     start = time.perf_counter()
     pairs = list(pair_parameters(base_model, tuned_model))
-    targets = changed_targets(base_model, tuned_model, recipe, report)
+    patched = copy.deepcopy(base_model)
+    models = (base_model, tuned_model, patched)
     with torch.no_grad():
-        patched = copy.deepcopy(base_model)
-        if recipe.untouched == "tuned":
-            _copy_untouched(patched, tuned_model, targets)
-        weights = ModelWeights(base_model, tuned_model, patched)
-        solver = Solver(recipe, weights, targets, units_of(recipe, tuned_model, targets), report)
-        if new is None:
-            solve_without_data(solver, targets, progress)
-        else:
-            models = (base_model, tuned_model, patched)
-            streams = make_streams(recipe, models, (new, old), caller(tuned_model))
-            groups = discover(streams.tuned, targets)
-            by_block = recipe.group == "block"
-            Engine(solver, groups, streams, by_block, progress=progress).run()
+        with split_experts(*models):
+            targets = changed_targets(base_model, tuned_model, recipe, report)
+            if recipe.untouched == "tuned":
+                _copy_untouched(patched, tuned_model, targets)
+            weights = ModelWeights(*models)
+            units = units_of(recipe, tuned_model, targets)
+            processes.agree("layers that changed", list(targets))
+            solver = Solver(recipe, weights, targets, units, report, processes)
+            if new is None:
+                solve_without_data(solver, targets, progress)
+            else:
+                call = caller(tuned_model)
+                streams = make_streams(recipe, models, (new, old), call, (first, first_old))
+                groups = discover(streams.tuned, targets, processes=processes)
+                by_block = recipe.group == "block"
+                Engine(solver, groups, streams, by_block, progress=progress).run()
         after = dict(patched.named_parameters())
         patch = {
             name: encode_patch(parameter.detach(), after[name].detach())
             for name, parameter, _ in pairs
             if not torch.equal(_words(parameter), _words(after[name]))
         }
+    if processes.count > 1:
+        report.seconds["exchange"] = processes.seconds
     report.seconds["total"] = time.perf_counter() - start
     return Tailored(patched, patch, report)
 
@@ -155,9 +176,21 @@ class ModelWeights:
             _bias(theirs),
         )
 
-    def install(self, target: Target, weight: torch.Tensor) -> None:
+    def install(
+        self,
+        target: Target,
+        weight: torch.Tensor,
+        row: LinearReport,  # noqa: ARG002  nothing is kept of it in memory
+    ) -> None:
         """Write ``weight`` ``[rows, cols]`` into the patched model."""
         weight_view(self.patched.get_submodule(target.name), target.transposed).copy_(weight)
+
+    def patched_earlier(self, target: Target) -> None:
+        """Return None: nothing is left of an earlier run in memory."""
+
+    def install_again(self, target: Target) -> None:
+        """Never called: there is nothing to go on from."""
+        raise RuntimeError(f"{target.name} was not patched earlier")
 
     def preview(self, target: Target) -> None:
         """Write the tuned weight into the patched model."""
@@ -170,11 +203,18 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
     return bias.detach() if isinstance(bias, torch.Tensor) else None
 
 
-def _listed(name: str, batches: Iterable[Batch]) -> list[Batch]:
+def _listed(
+    name: str, batches: Iterable[Batch] | None, processes: Processes
+) -> tuple[list[Batch] | None, int]:
+    """The batches as a list, and how many other processes have before them."""
+    if batches is None:
+        return None, 0
     listed = list(batches)
-    if not listed:
+    with processes.exchange():
+        counts = [int(count) for (count,) in processes.gather(len(listed))]
+    if not any(counts):
         raise UsageError(f"{name} is empty; expected at least one batch, or None for no data")
-    return listed
+    return listed, sum(counts[: processes.rank])
 
 
 def _copy_untouched(patched: nn.Module, tuned: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -202,6 +242,7 @@ def make_streams(
     models: tuple[nn.Module, nn.Module, nn.Module],
     data: tuple[list[Batch], list[Batch] | None],
     call: Callable[[nn.Module, Batch], object],
+    firsts: tuple[int, int] = (0, 0),
 ) -> Streams:
     """The streams that a recipe needs.
 
@@ -210,17 +251,19 @@ def make_streams(
         models: base, tuned, patched.
         data: batches of the new task, and of old tasks or None.
         call: how a model is called on a batch.
+        firsts: numbers of the first batch of either, where other processes have those before.
     """
     base, tuned, patched = models
     new, old = data
+    first, first_old = firsts
     propagates = recipe.propagate != "none"
     exact = recipe.decorate == "exact"
     return Streams(
-        Stream("tuned/new", tuned, new, call),
-        Stream("patched/new", patched, new, call) if propagates else None,
+        Stream("tuned/new", tuned, new, call, first),
+        Stream("patched/new", patched, new, call, first) if propagates else None,
         recipe.propagate == "asymmetric" and exact,
-        None if old is None else Stream("base/old", base, old, call),
-        Stream("patched/old", patched, old, call)
+        None if old is None else Stream("base/old", base, old, call, first_old),
+        Stream("patched/old", patched, old, call, first_old)
         if old is not None and propagates and exact
         else None,
     )

@@ -8,7 +8,7 @@ infinite, and files, headers, index and digests are those of the manifest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,12 @@ from tailor_fast.checkpoint import (
     CheckpointError,
     Hashed,
     TensorInfo,
-    match_pair,
+    join_pair,
     open_checkpoint,
 )
 from tailor_fast.ops.select import kept_count
 from tailor_fast.patching.outputs import Output, read_output
+from tailor_fast.patching.recipe import Recipe
 
 BLOCK_BYTES = 8 << 20
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -105,11 +106,15 @@ def verify_output(
         if _check_headers(ours, output, result) and deep:
             theirs = stack.enter_context(open_checkpoint(_base_path(output, base)))
             try:
-                match_pair(theirs, ours)
+                joined = join_pair(theirs, ours, untouched="base", missing="tuned")
             except CheckpointError as error:
                 result.violations.append(str(error))
                 return result
-            _Comparison(output, theirs, ours, result).run(progress or Silent())
+            if joined.only and output.report["recipe"].get("missing") is None:
+                found = ", ".join(sorted(joined.only))
+                result.violations.append(f"{out}: has tensors that its base lacks: {found}")
+            new = joined.resized | joined.only
+            _Comparison(output, theirs, ours, new, result).run(progress or Silent())
     return result
 
 
@@ -146,15 +151,27 @@ def _sha256(path: Path) -> str:
 
 
 def _check_budget(output: Output, result: VerifyResult) -> None:
-    """The report's own k must keep to the recipe's density; the authors' code has its own count."""
+    """The report's own k must keep to the recipe's density.
+
+    Not asked of the authors' code, which has its own count, nor of a union of patches.
+    """
     recipe, rows = output.report["recipe"], output.patched.values()
-    weights = sum(row["rows"] * row["cols"] for row in rows)
-    kept = sum(row["kept"] for row in rows)
-    if recipe["decorate"] != "official" and kept > kept_count(weights, recipe["density"]):
-        result.violations.append(
-            f"{output.path}: the report keeps {kept} of {weights} weights; density"
-            f" {recipe['density']} allows {kept_count(weights, recipe['density'])}"
-        )
+    if recipe["decorate"] == "official" or recipe.get("surrogates"):
+        return
+    tasks = len(recipe["weights"]) if recipe.get("support") == "union" else 1
+    own = Recipe(density=recipe["density"], densities=recipe.get("densities"))
+    allowances: dict[float, list[int]] = {}  # density -> weights and kept ones of its layers
+    for row in rows:
+        sums = allowances.setdefault(own.of(row["name"]).density, [0, 0])
+        sums[0] += row["rows"] * row["cols"]
+        sums[1] += row["kept"]
+    for density, (weights, kept) in allowances.items():
+        allowed = tasks * kept_count(weights, density)
+        if kept > allowed:
+            result.violations.append(
+                f"{output.path}: the report keeps {kept} of {weights} weights; density {density}"
+                f" allows {allowed}"
+            )
 
 
 def _check_headers(ours: Checkpoint, output: Output, result: VerifyResult) -> bool:
@@ -177,8 +194,14 @@ class _Comparison:
     """Output and base side by side, block by block."""
 
     def __init__(
-        self, output: Output, base: Checkpoint, ours: Checkpoint, result: VerifyResult
+        self,
+        output: Output,
+        base: Checkpoint,
+        ours: Checkpoint,
+        new: Collection[str],
+        result: VerifyResult,
     ) -> None:
+        self._new = new  # of which the base has nothing, or the first rows
         self._output = output
         self._base = Hashed(base)
         self._ours = Hashed(ours)
@@ -194,8 +217,11 @@ class _Comparison:
         progress.start(len(tensors))
         for done, (name, info) in enumerate(tensors.items()):
             self._result.count("tensors")
-            self._result.count("bytes", 2 * info.nbytes)
-            if name in patched:
+            self._result.count("bytes", info.nbytes + self._in_base(name))
+            if name in self._new and name not in patched:
+                self._result.count("untouched")
+                self._grown(info)
+            elif name in patched:
                 counted[name] = self._patched(info, patched[name])
             else:
                 self._result.count("untouched")
@@ -230,12 +256,39 @@ class _Comparison:
         for ours, theirs in self._blocks(info):
             if not torch.equal(ours, theirs):
                 differ += int(torch.count_nonzero(ours != theirs))
-        if self._from_tuned:
-            expected = self._output.manifest["inputs"]["tuned"]["tensors"].get(info.name)
-            if self._output.manifest["output"]["tensors"][info.name] != expected:
-                self._violated(info, "was not patched, but is not the tuned checkpoint's")
+        if self._from_tuned and info.name in self._output.manifest["inputs"]["tuned"]["tensors"]:
+            self._check_tuned(info)
         elif differ:
             self._violated(info, f"was not patched, but {differ} bytes differ from base")
+
+    def _in_base(self, name: str) -> int:
+        """How many bytes of a tensor the base has."""
+        found = self._base.checkpoint.tensors.get(name)
+        return 0 if found is None else found.nbytes
+
+    def _grown(self, info: TensorInfo) -> None:
+        """A tensor that the base does not have, or not all of: as base where that is asked for."""
+        end = 0 if self._from_tuned else self._in_base(info.name)
+        differ = 0
+        for begin, view in self._ours.blocks(info.name, self._buffers[0]):
+            count = max(0, min(len(view), end - begin))
+            if count:
+                self._base.read_into(info.name, self._buffers[1], begin, begin + count)
+                differ += view[:count] != memoryview(self._buffers[1])[:count]
+        if differ:
+            self._violated(info, "was not patched, but rows that base has differ from base")
+        if not end:
+            self._check_tuned(info)
+        self._check_digest(info)
+
+    def _check_tuned(self, info: TensorInfo) -> None:
+        expected = self._output.manifest["inputs"]["tuned"]["tensors"].get(info.name)
+        if self._output.manifest["output"]["tensors"][info.name] != expected:
+            self._violated(info, "was not patched, but is not the tuned checkpoint's")
+
+    def _check_digest(self, info: TensorInfo) -> None:
+        if self._ours.digests[info.name] != self._output.manifest["output"]["tensors"][info.name]:
+            self._violated(info, "its digest is not the manifest's")
 
     def _blocks(self, info: TensorInfo) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Blocks of both as bytes; at the end their digests are compared with the manifest's."""
@@ -246,9 +299,8 @@ class _Comparison:
                 torch.frombuffer(left, dtype=torch.uint8),
                 torch.frombuffer(right, dtype=torch.uint8),
             )
+        self._check_digest(info)
         manifest = self._output.manifest
-        if self._ours.digests[info.name] != manifest["output"]["tensors"][info.name]:
-            self._violated(info, "its digest is not the manifest's")
         digest = self._base.digests[info.name]
         if digest != manifest["inputs"]["base"]["tensors"].get(info.name, digest):
             raise InputError(

@@ -19,7 +19,7 @@ from tailor_fast.checkpoint import (
     torch_dtype,
 )
 from tailor_fast.checkpoint.dtypes import DTYPES, byte_size
-from tailor_fast.checkpoint.header import Header, header_length, parse_header
+from tailor_fast.checkpoint.header import Header, Limits, header_length, parse_header
 from tests.checkpoint.files import U8_PAIR, raw_file
 
 
@@ -229,12 +229,20 @@ def test_a_length_may_look_like_another_format() -> None:
         assert parse(blob).entries == ()
 
 
-def test_too_many_tensors(monkeypatch) -> None:
-    monkeypatch.setattr("tailor_fast.checkpoint.header.MAX_TENSORS", 2)
+def test_limits() -> None:
     three = {name: entry(offsets=[2 * i, 2 * i + 2]) for i, name in enumerate("abc")}
-    assert len(parse(raw_file({name: three[name] for name in "ab"}, b"1234")).entries) == 2
+    parse_limited({name: three[name] for name in "ab"}, 4, Limits(2, 0))
     with pytest.raises(MalformedError, match="at most 2 tensors; got more"):
-        parse(raw_file(three, b"123456"))
+        parse_limited(three, 6, Limits(2, 0))
+    told: dict[str, object] = {"__metadata__": {"k": "12345678"}}
+    parse_limited(told, 0, Limits(0, 15))
+    with pytest.raises(MalformedError, match="at most 16384 keys and 14 bytes, found more"):
+        parse_limited(told, 0, Limits(0, 14))
+
+
+def parse_limited(header: dict[str, object], data_bytes: int, limits: Limits) -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    parse_header(text, data_bytes, "m.safetensors", limits)
 
 
 def test_warnings() -> None:

@@ -223,6 +223,17 @@ def test_changed_input(single: Path, change: Callable[[Path], object]) -> None:
         checkpoint.__exit__(None, None, None)
 
 
+def test_a_change_after_the_last_check_and_read_is_nobodys_concern(single: Path) -> None:
+    with open_checkpoint(single) as checkpoint:
+        checkpoint.check_unchanged()
+        os.utime(single, ns=(1, 1))
+    (again := open_checkpoint(single)).check_unchanged()
+    again.read("layer.bias")
+    os.utime(single, ns=(2, 2))
+    with pytest.raises(ChangedError, match="run again"):
+        again.close()
+
+
 def test_an_error_is_not_replaced_by_one_about_a_changed_file(single: Path) -> None:
     def fail() -> None:
         with open_checkpoint(single):
@@ -329,8 +340,11 @@ def test_side_files(single: Path, tmp_path: Path) -> None:
     for name in SIDE + NOT_SIDE:
         (tmp_path / name).write_text(name)
     (tmp_path / "onnx").mkdir()
-    os.mkfifo(tmp_path / "pipe.json")
-    (tmp_path / "linked.json").symlink_to(tmp_path / "config.json")
+    elsewhere = tmp_path.with_name("blobs")
+    elsewhere.mkdir()
+    (elsewhere / "0a1b").write_text("{}")
+    (tmp_path / "linked.json").symlink_to(elsewhere / "0a1b")
+    (tmp_path / "folder.json").symlink_to(elsewhere)
     with open_checkpoint(tmp_path) as checkpoint:
         names = [path.name for path in checkpoint.side_files]
     assert names == sorted([*SIDE, "linked.json"])
@@ -341,6 +355,25 @@ def test_side_files(single: Path, tmp_path: Path) -> None:
     ):
         _ = checkpoint.side_files
     assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_among_the_side_files_is_refused(single: Path, name: str, linked: bool) -> None:
+    pipe = single.parent / name if not linked else single.parent.with_name(f"pipe-{name}")
+    os.mkfifo(pipe)
+    if linked:
+        (single.parent / name).symlink_to(pipe)
+    with pytest.raises(MissingFileError, match=rf"{name}: must be a regular file; it is a pipe"):
+        open_checkpoint(single.parent)
+    with open_checkpoint(single):  # a lone file has no side files
+        pass
+
+
+def test_a_device_among_the_side_files_is_refused(single: Path) -> None:
+    (single.parent / "vocab.json").symlink_to("/dev/zero")
+    with pytest.raises(MissingFileError, match="it is a character device; check the path"):
+        open_checkpoint(single.parent)
 
 
 def test_memory_of_a_large_tensor(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from tailor_fast._core import errors
 from tailor_fast.patching import inspecting
 from tests.cli.running import CommandLine
 
-COMMANDS = ("patch", "plan", "batch", "calibrate", "inspect", "verify", "backends", "bench")
+COMMANDS = (
+    *("patch", "plan", "batch", "stitch", "calibrate", "evaluate"),
+    *("inspect", "verify", "backends", "bench"),
+)
 HEAVY = ("torch", "transformers", "pydantic", "matplotlib", "yaml", "numpy", "safetensors")
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from tailor_fast import calibration
 from tailor_fast._core.errors import OutputError
+from tailor_fast._core.processes import ALONE
 from tailor_fast._core.progress import Progress
 from tailor_fast.calibration import CalibrationReport
 from tailor_fast.calibration.options import RunOptions
@@ -93,6 +94,7 @@ def test_patch_hands_everything_on(tailor_fast: CommandLine, library: Library) -
             "retain": Path("old.jsonl"),
             "statistics": Path("stats"),
             "options": RunOptions(batch_size=2, overwrite=True),
+            "processes": ALONE,
         },
     )
 
@@ -168,10 +170,10 @@ def test_calibrate_hands_everything_on_and_says_what_it_wrote(
     ]
     assert tailor_fast(*command, "--max-ram", "1GiB", "-q") == (0, "", "")
     paths = (Path("model"), Path("d.jsonl"), Path("s.safetensors"))
-    assert calls == [
-        (paths, {"kind": "diag", "tokens": "answer", "options": RunOptions(samples=64)}),
-        (paths, {"kind": "full", "tokens": "all", "options": RunOptions(max_ram=2**30)}),
-    ]
+    first = {"kind": "diag", "options": RunOptions(samples=64, tokens="answer")}
+    second = {"kind": "full", "options": RunOptions(max_ram=2**30)}
+    rest = {"base": None, "processes": ALONE}
+    assert calls == [(paths, first | rest), (paths, second | rest)]
 
 
 def test_a_contradiction_is_found_before_anything_is_read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,24 +130,46 @@ def load_names(shard: bytes) -> list[str]:
     return [name for name in json.loads(shard[8 : 8 + size]) if name != "__metadata__"]
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.15], ids=["at once", "in the walk"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_leaves_nothing(number: int, code: int, delay: float, tmp_path: Path) -> None:
+def begin(tmp_path: Path) -> tuple[subprocess.Popen[str], list[str], list[object]]:
+    """A run with samples, what stood beside its output before it, and its arguments."""
     base, tuned = llama_pair(tmp_path, blocks=8)
     new = write_texts(tmp_path / "new.jsonl", count=96)
     before = sorted(path.name for path in tmp_path.iterdir())
-    arguments = ("patch", base, tuned, "-o", tmp_path / "out", "--calibration", new)
-    process = subprocess.Popen(
-        [*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    arguments = ["patch", base, tuned, "-o", tmp_path / "out", "--calibration", new]
+    command = [*PROGRAM, *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return process, before, arguments
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_at_once_leaves_nothing(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    process, before, _ = begin(tmp_path)
     deadline = time.monotonic() + 60
     while sorted(path.name for path in tmp_path.iterdir()) == before:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.002)
-    time.sleep(delay)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors.strip().splitlines()[-1].endswith("nothing was written")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_in_the_walk_goes_on_later(number: int, tmp_path: Path) -> None:
+    process, before, arguments = begin(tmp_path)
+    with process:
+        assert process.stderr is not None
+        while not re.match(r"\d+/\d+ ", line := process.stderr.readline()):
+            assert line, "the run ended before its first group"
+        process.send_signal(number)
+        errors = process.stderr.read()
+    assert process.returncode == 75
+    assert "run the same again to go on from there" in errors.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    done = run(*arguments, "--resume", "required")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])

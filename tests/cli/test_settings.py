@@ -56,7 +56,7 @@ def test_the_help_names_every_value_of_a_choice(name: str) -> None:
 
 def test_the_help_says_how_a_run_is_carried_out_by_default() -> None:
     run = RunOptions()
-    for name in ("samples", "max_length", "batch_size"):
+    for name in ("samples", "max_length", "batch_size", "tokens"):
         assert help_of(name).show_default == str(getattr(run, name))
     assert parse_size(help_of("out_shard_size").show_default) == run.max_shard_bytes
     assert help_of("max_ram").show_default == "no limit"
@@ -81,7 +81,7 @@ def test_options_override_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("densty: 0.1", "unknown key 'densty'; the keys of a recipe are density, salience_weight,"),
+        ("densty: 0.1", "unknown key 'densty'; the keys of a recipe are density, densities,"),
         ("sparsity: 0.9", "unknown key 'sparsity'"),
         ("density: 0.1\ndensity: 0.2", "a key occurs twice"),
         ("- density", "expected keys and values; got list"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +18,12 @@ from typing import NamedTuple
 import pytest
 
 from tailor_fast.integrations import official
+from tests.checkpoint.adapters import factors, save_adapter
 from tests.cli.running import CommandLine
 from tests.integrations.test_official import upstream_checkout
-from tests.patching.disk import llama_pair, write_texts
+from tests.patching.disk import llama, llama_pair, write_texts
 from tests.source_tree import ROOT
+from tests.stitching.disk import save, tuned_by
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [path.name for path in PAGES]
@@ -44,13 +48,16 @@ def blocks(path: Path) -> Iterator[Block]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: ``BASE``, ``TUNED``, samples, a checkout of the authors' code."""
+    """What the pages speak of: a base, fine-tunes, samples, a checkout of the authors' code."""
     folder = tmp_path_factory.mktemp("docs")
     base, tuned = llama_pair(folder, blocks=2)
     base.rename(folder / "BASE")
     tuned.rename(folder / "TUNED")
+    save(tuned_by(llama(blocks=2), 3), folder / "TUNED2")
     write_texts(folder / "new.jsonl", count=8)
+    write_texts(folder / "new2.jsonl", count=8, seed=11)
     write_texts(folder / "old.jsonl", count=8, seed=9)
+    save_adapter(folder / "ADAPTER", factors("model.layers.0.self_attn.q_proj", 32, 32))
     upstream_checkout(folder)
     return folder
 
@@ -89,10 +96,29 @@ def run_line(line: str, tailor_fast: CommandLine) -> None:
     if command.startswith(SPARSEGPT):
         assert official.main(shlex.split(command.removeprefix(SPARSEGPT))) == 0
         return
-    program, *arguments = shlex.split(command)
+    one = re.sub(r"torchrun --nproc-per-node \d+ ", "torchrun ", command)
+    program, *arguments = shlex.split(one)
+    if program == "torchrun" and arguments[0].endswith(".py"):
+        run_script(arguments[0])
+        return
+    if program == "torchrun":  # in one process: with several it has tests of its own
+        assert arguments[:2] == ["-m", "tailor_fast"], line
+        program, *arguments = "tailor-fast", *arguments[2:]
     assert program == "tailor-fast", line
     ran = tailor_fast(*arguments)
     assert ran.code == 0, f"{line}\n{ran.out}\n{ran.err}"
+
+
+def run_script(path: str) -> None:
+    """A script under torchrun, in a group of one process."""
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+            patch.setenv(name, str(value))
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        free.close()
+        runpy.run_path(path, run_name="__main__")
 
 
 def _model() -> object:

@@ -75,8 +75,14 @@ def user(content: Any) -> dict[str, Any]:
         ([1], "expected a JSON object; got list"),
         ({}, "expected 'messages' or 'prompt'; got no key"),
         ({"text": "a"}, "expected 'messages' or 'prompt'; got 'text'"),
-        ({"prompt": "a", "image": "b"}, "unknown key 'image'; expected prompt, answer, images"),
-        ({"messages": [], "prompt": "a"}, "unknown key 'prompt'; expected messages only"),
+        ({"prompt": "a", "answer": "b", "answers": ["b"]}, "has 'answer' and 'answers'"),
+        ({"prompt": "a", "answers": []}, "'answers' must be a list of at least one string; got []"),
+        ({"prompt": "a", "answers": ["b", 3]}, "'answers' must be a list of at least one string"),
+        (
+            {"prompt": "a", "image": "b"},
+            "unknown key 'image'; expected prompt, answer, answers, images",
+        ),
+        ({"messages": [], "prompt": "a"}, "unknown key 'prompt'; expected messages, answers only"),
         ({"prompt": ""}, "'prompt' is empty"),
         ({"prompt": 3}, "'prompt' must be a string; got int"),
         ({"prompt": "a", "answer": None}, "'answer' must be a string; got NoneType"),
@@ -134,3 +140,18 @@ def test_the_hash_covers_the_used_lines_and_every_image(tmp_path: Path) -> None:
     picture.unlink()
     with pytest.raises(InputError, match=r"a\.png: cannot be read: No such file"):
         hash_samples(samples[:2])
+
+
+def test_several_answers_may_be_right(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    user = [{"role": "user", "content": "hi"}]
+    lines = (
+        {"prompt": "a", "answers": ["b", "c"]},
+        {"prompt": "a", "answer": "b"},
+        {"prompt": "a"},
+        {"messages": user, "answers": ["b", "c"]},
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_samples(path)
+    assert [sample.answers for sample in found] == [("b", "c"), ("b",), (), ("b", "c")]
+    assert [sample.answer for sample in found] == ["b", "b", None, None]

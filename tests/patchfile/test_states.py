@@ -23,6 +23,7 @@ from tailor_fast.checkpoint import (
     TransferError,
     plan_layout,
 )
+from tailor_fast.checkpoint.header import Limits
 from tailor_fast.patchfile import (
     WrongStateError,
     apply_patch,
@@ -195,8 +196,8 @@ def test_more_tensors_than_a_header_can_name(made: Made, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="a header of 4000 bytes cannot name 9 tensors"):
         diff_checkpoints(base, target, patch.parent / "q.safetensors")
     monkeypatch.undo()
-    monkeypatch.setattr(layout, "MAX_METADATA_BYTES", 5000)
-    with pytest.raises(UsageError, match="metadata of 5000 bytes cannot describe 9 tensors"):
+    monkeypatch.setattr(layout, "LIMITS", Limits(100, 2000))
+    with pytest.raises(UsageError, match="metadata of 2000 bytes cannot describe 9 tensors"):
         diff_checkpoints(base, target, patch.parent / "q.safetensors")
     assert names_in(patch.parent) == before
 

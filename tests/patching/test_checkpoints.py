@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
+from tailor_fast._core import machine
 from tailor_fast._core.errors import InputError, OutputError, UsageError
 from tailor_fast.calibration.options import RunOptions
+from tailor_fast.checkpoint import Checkpoint
 from tailor_fast.models import find_targets
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
@@ -171,8 +174,9 @@ def test_nothing_is_left_when_a_run_fails(tmp_path: Path, monkeypatch: Any) -> N
 
     monkeypatch.setattr("tailor_fast.patching.checkpoints.draw_report", fail)
     before = sorted(path.name for path in tmp_path.iterdir())
+    options = replace(OPTIONS, resume="never")
     with pytest.raises(RuntimeError, match="broken"):
-        patch_checkpoint(base, tuned, tmp_path / "out", calibration=new, options=OPTIONS)
+        patch_checkpoint(base, tuned, tmp_path / "out", calibration=new, options=options)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -182,6 +186,8 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(tmp_path: Path) -> 
     options = RunOptions(max_ram=1000)
     with pytest.raises(UsageError, match="max_ram of 1000 bytes is too little"):
         patch_checkpoint(base, tuned, tmp_path / "out", calibration=new, options=options)
+    with pytest.raises(UsageError, match=r"max_ram of 1\d{18} bytes is more than the memory of"):
+        plan_patch(base, tuned, tmp_path / "out", options=RunOptions(max_ram=10**18))
     with pytest.raises(UsageError, match="no layer to patch"):
         patch_checkpoint(base, tuned, tmp_path / "out", Recipe(targets="nothing"))
     with pytest.raises(OutputError, match="is, or lies in, the input"):
@@ -192,6 +198,29 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(tmp_path: Path) -> 
     (tuned / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json"):
         patch_checkpoint(base, tuned, tmp_path / "other", calibration=new)
+
+
+def test_a_run_that_the_machine_cannot_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = llama_pair(tmp_path)
+    new = write_texts(tmp_path / "new.jsonl")
+    out, before = tmp_path / "out", sorted(tmp_path.iterdir())
+    reads: list[str] = []
+    monkeypatch.setattr(Checkpoint, "read_into", lambda self, name, *_: reads.append(name))
+    for given in ({}, {"calibration": new}):
+        plan = plan_patch(base, tuned, out, options=OPTIONS, **given)
+        monkeypatch.setattr(machine, "memory", lambda need=plan.ram_peak: (need - 1, need))
+        told = f"takes {plan.ram_peak} bytes of memory, of which {plan.ram_peak - 1} are free"
+        assert told in plan_patch(base, tuned, out, options=OPTIONS, **given).notes[-1]
+        monkeypatch.setattr(machine, "memory", lambda need=plan.ram_peak: (need - 1, need - 1))
+        for run in (plan_patch, patch_checkpoint):
+            with pytest.raises(UsageError, match=f"the run takes {plan.ram_peak} bytes of memory"):
+                run(base, tuned, out, options=OPTIONS, **given)
+        monkeypatch.undo()
+        monkeypatch.setattr(Checkpoint, "read_into", lambda self, name, *_: reads.append(name))
+    assert reads == []
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_plan_says_what_the_run_then_does(tmp_path: Path) -> None:

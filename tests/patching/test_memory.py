@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.pairs import Shape, write_pair
 from tailor_fast.calibration.options import RunOptions
+from tailor_fast.patching import solving
 from tailor_fast.patching.checkpoints import plan_patch
 from tests.models.processors import text_tokenizer
 from tests.patching.disk import write_texts
@@ -22,11 +23,13 @@ SCRIPT = """
 import gc, json, re, sys
 from pathlib import Path
 from tailor_fast.calibration.options import RunOptions
+from tailor_fast.patching import solving
 from tailor_fast.patching.checkpoints import patch_checkpoint
 def kib(field):
     return int(re.search(field + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 options = RunOptions(**json.loads(sys.argv[1]))
-for folder in map(Path, sys.argv[2:]):
+solving.SOLVED_AT_ONCE["cpu"] = int(sys.argv[2])
+for folder in map(Path, sys.argv[3:]):
     gc.collect()
     before = kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -54,8 +57,9 @@ def make(folder: Path, shape: Shape, *, samples: bool) -> Path:
 
 def measured(folders: list[Path], options: dict[str, Any]) -> int:
     """Peak of the last run in bytes, above what was resident before it."""
+    at_once = str(solving.SOLVED_AT_ONCE["cpu"])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(options), *map(str, folders)],
+        [sys.executable, "-c", SCRIPT, json.dumps(options), at_once, *map(str, folders)],
         capture_output=True,
         text=True,
         check=False,
@@ -79,7 +83,9 @@ def test_without_data(tmp_path: Path) -> None:
     assert 0.85 * used <= plan.ram_peak <= 1.15 * used, (plan.ram_peak / MIB, used / MIB)
 
 
-def test_with_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1 << 23, 1 << 19])
+def test_with_samples(at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(solving.SOLVED_AT_ONCE, "cpu", at_once)
     tiny = make(tmp_path / "tiny", TINY, samples=True)
     pair = make(
         tmp_path / "pair", Shape(2, 1024, 2816, 16, 16, 10**9, vocabulary=1000), samples=True

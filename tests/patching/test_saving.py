@@ -1,10 +1,11 @@
 """``patch --save-patch``: the patch of the output, with it or instead of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tailor_fast._core.errors import OutputError, StorageError, UsageError
+from tailor_fast._core.errors import OutputError, StoppedError, StorageError, UsageError
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.checkpoint import StagedCheckpoint
 from tailor_fast.patchfile import Patch, apply_patch, diff_checkpoints, writer
@@ -14,6 +15,7 @@ from tailor_fast.patching.saving import patch_to_file
 from tests.cli.running import CommandLine
 from tests.patchfile.pairs import content, names_in
 from tests.patching.disk import llama_pair
+from tests.patching.test_resuming import StopAfter
 
 OPTIONS = RunOptions(max_shard_bytes=40_000)
 
@@ -65,13 +67,26 @@ def test_a_place_that_cannot_be_is_refused_before_the_run(
     assert names_in(tmp_path) == ["base", "old.safetensors", "out", "tuned"]
 
 
+def test_a_patch_alone_is_not_resumed(tmp_path: Path) -> None:
+    base, tuned = llama_pair(tmp_path)
+    before = names_in(tmp_path)
+    run = {"save_patch": tmp_path / "p.safetensors", "checkpoint": False}
+    with pytest.raises(UsageError, match="resume 'required' without a checkpoint: nothing is kept"):
+        patch_to_file(base, tuned, "out", options=RunOptions(resume="required"), **run)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        patch_to_file(base, tuned, "out", options=OPTIONS, progress=StopAfter(3), **run)
+    assert not isinstance(caught.value, StoppedError)
+    assert names_in(tmp_path) == before
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_what_fails_leaves_nothing_half_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
 ) -> None:
     base, tuned = llama_pair(tmp_path)
     out, place = tmp_path / "out", tmp_path / "p.safetensors"
-    run = {"save_patch": place, "checkpoint": checkpoint, "options": OPTIONS}
+    options = replace(OPTIONS, resume="never")
+    run = {"save_patch": place, "checkpoint": checkpoint, "options": options}
     before = names_in(tmp_path)
 
     def broken(*_: object) -> None:

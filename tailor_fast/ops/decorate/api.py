@@ -107,15 +107,16 @@ def decorate_exact_(
         weight: tuned weight, float32/bfloat16/float16 ``[rows, cols]``; becomes ``base + patch``,
             rounded once, and holds the very words of ``base`` outside the mask.
         base: base weight of the same dtype; unchanged, in memory of its own.
-        mask: as the other arguments, see ``decorate_exact``.
-        gram: same.
-        rhs: same.
-        percdamp: same.
-        damping: same.
-        target_energy: same.
-        tol: same.
-        max_iterations: same.
-        backend: same.
+        mask: bool ``[rows, cols]``, True where the weight is kept.
+        gram: undamped mean Gram, float32 ``[cols, cols]``, see ``decorate_exact``.
+        rhs: undamped right-hand side, float32 ``[rows, cols]``; None stands for ``delta @ gram``
+            with the delta in float32.
+        percdamp: λ as a share of the mean diagonal of ``gram``.
+        damping: λ itself; then ``percdamp`` has no effect.
+        target_energy: number or 0-d float64 tensor that the losses need with ``rhs``.
+        tol: largest relative excess over its minimum at which a row may end, in ``[1e-12, 1]``.
+        max_iterations: limit per row and precision.
+        backend: see ``tailor_fast.backends()``.
 
     Returns:
         The losses of the patch before rounding. No copy of the weight is made: the reference needs
@@ -191,10 +192,10 @@ def decorate_obs_(
         weight: tuned weight, float32/bfloat16/float16 ``[rows, cols]``; becomes ``base + patch``,
             rounded once, and holds the very words of ``base`` outside the mask.
         base: base weight of the same dtype; unchanged, in memory of its own.
-        mask: as the other arguments, see ``decorate_obs``.
-        gram: same.
-        percdamp: same.
-        backend: same.
+        mask: bool ``[rows, cols]``, True where the weight is kept.
+        gram: undamped mean Gram of the inputs, float32 ``[cols, cols]``.
+        percdamp: λ as a share of the mean diagonal of ``gram``.
+        backend: see ``tailor_fast.backends()``.
 
     Returns:
         The losses of the patch before rounding. Memory as ``decorate_obs``, without the patch.
@@ -291,16 +292,16 @@ def decorate_official_(
     Args:
         weight: tuned weight, float32/bfloat16/float16 ``[rows, cols]``; becomes the result.
         base: base weight of the same dtype; unchanged, in memory of its own.
-        gram: as the other arguments, see ``decorate_official``.
-        sparsity: same.
-        score_weights: same.
-        block_size: same.
-        percdamp: same.
-        prunen: same.
-        prunem: same.
-        tops_mask: same.
-        reproduce_nan: same.
-        backend: same.
+        gram: the authors' H, float32 ``[cols, cols]``, see ``decorate_official``.
+        sparsity: share of each block that goes back to base, in ``[0, 1)``.
+        score_weights: of the delta's size and of the sensitivity.
+        block_size: columns of a block; the last one may be narrower.
+        percdamp: λ as a share of the mean diagonal.
+        prunen: where not 0, ``prunen`` of each ``prunem`` columns go back, by sensitivity alone.
+        prunem: see ``prunen``.
+        tops_mask: bool ``[rows, cols]``, True where the weight goes back, in place of a score.
+        reproduce_nan: keep rows whose scores are NaN, see ``decorate_official``.
+        backend: see ``tailor_fast.backends()``.
 
     Returns:
         ``weight`` itself, mask, loss. Memory as ``decorate_official``, without the result.

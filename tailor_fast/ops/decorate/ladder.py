@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -13,15 +14,23 @@ _log = logging.getLogger("tailor_fast")
 _MAX_PERCDAMP = 0.1
 _FIRST_PERCDAMP = 1e-3  # where the ladder starts when the caller asked for less
 
-# (gram, damping, dtype) to a factor in that dtype, None where the factorisation fails.
-Factorize = Callable[[torch.Tensor, float, torch.dtype], torch.Tensor | None]
+Factor = TypeVar("Factor")
 
 
-def climb(gram: torch.Tensor, percdamp: float, factorize: Factorize) -> tuple[torch.Tensor, float]:
+def climb(
+    gram: torch.Tensor,
+    percdamp: float,
+    factorize: Callable[[torch.Tensor, float, torch.dtype], Factor | None],
+) -> tuple[Factor, float]:
     """Return the first factor that succeeds, and its damping.
 
     In float32, then float64, then with ten times the damping up to 0.1 of the mean diagonal; each
     step is logged.
+
+    Args:
+        gram: undamped, float32 ``[cols, cols]``.
+        percdamp: first damping to try, as a share of the mean diagonal.
+        factorize: (gram, damping, dtype) to a factor computed in that dtype, None where it fails.
 
     Raises:
         ValueError: not positive definite even then.

@@ -19,7 +19,7 @@ def warn_of_undefined(scores: int) -> None:
         )
 
 
-def no_factor(error: RuntimeError, percdamp: float) -> RuntimeError:
+def no_factor(error: RuntimeError | str, percdamp: float) -> RuntimeError:
     """The error of a damped Gram that does not factorise, in the house's words."""
     return LinAlgError(
         f"decorate_official: gram must be positive definite at percdamp {percdamp:g}; got"

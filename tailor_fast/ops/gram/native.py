@@ -1,7 +1,8 @@
-"""The ``gram`` op on CPU tensors: C++ conversion and squares, GEMM from torch.
+"""The ``gram`` op on CPU tensors: conversion and squares in C++, GEMM as ``ops/gemm.py`` says.
 
 Tokens are converted to float32 a chunk at a time into one buffer; those that do not count are left
-out there. The diagonal has the same bits at any number of threads.
+out there. The diagonal, and what the extension's GEMM gives, has the same bits at any number of
+threads.
 """
 
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ from collections.abc import Iterator
 import torch
 
 from tailor_fast import _C
+from tailor_fast.ops.gemm import add_product_
 
 CHUNK_TOKENS = 2048
-# Columns per GEMM of the lower triangle, see the reference.
-PANEL_COLS = 512
+_BLOCK = 512  # columns that are mirrored at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -45,12 +46,11 @@ def _chunks(x: torch.Tensor, counted: torch.Tensor | None) -> Iterator[torch.Ten
 
 def accumulate_gram_(gram: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> None:
     """``gram [cols, cols] += sum of x_t x_t^T``, exactly symmetric."""
-    panels = [(start, start + PANEL_COLS) for start in range(0, gram.shape[0], PANEL_COLS)]
     for chunk in _chunks(x, _counted(mask)):
-        for start, stop in panels:
-            gram[start:, start:stop].addmm_(chunk[:, start:].T, chunk[:, start:stop])
-    # A GEMM may round the two triangles of a diagonal block differently: the lower one decides.
-    for start, stop in panels:
+        add_product_(gram, chunk.T, chunk, lower=True)
+    # The lower triangle decides, in the blocks on the diagonal too.
+    for start in range(0, gram.shape[0], _BLOCK):
+        stop = start + _BLOCK
         block = gram[start:stop, start:stop]
         block.copy_(block.tril() + block.tril(-1).T)
         gram[start:stop, stop:] = gram[stop:, start:stop].T
@@ -62,7 +62,7 @@ def accumulate_cross_gram_(
     """``cross [x_cols, y_cols] += sum of x_t y_t^T``."""
     counted = _counted(mask)
     for left, right in zip(_chunks(x, counted), _chunks(y, counted), strict=True):
-        cross.addmm_(left.T, right)
+        add_product_(cross, left.T, right)
 
 
 def accumulate_gram_diag_(diag: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> None:

@@ -9,10 +9,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from benchmarks.quality import scenes
-from benchmarks.quality.scenes import NEW_TASKS, OLD_TASKS
+from benchmarks.quality.scenes import LATER_TASKS, NEW_TASKS, OLD_TASKS
 from tailor_fast.models.samples import read_samples
 
-TASKS = (*OLD_TASKS, *NEW_TASKS)
+TASKS = (*OLD_TASKS, *NEW_TASKS, *LATER_TASKS)
 SPLITS = ("train", "validation", "test")
 COUNT = 60
 
@@ -47,6 +47,8 @@ def _expected(task: str, argument: str, shown: list[int]) -> str:
         "parity": "even" if digit in (0, 2, 4, 6, 8) else "odd",
         "code": scenes.LETTERS[digit],
         "next": "3456789012"[digit],
+        "twice": "0246802468"[digit],
+        "mirror": scenes.LETTERS[::-1][digit],
     }[task]
 
 
@@ -74,6 +76,7 @@ def test_answers_and_digits_are_right(task: str, split: scenes.Split) -> None:
     assert len(drawn) == COUNT
     for image, prompt, answer in zip(drawn.images, drawn.prompts, drawn.answers, strict=True):
         shown = 255 - image if task == "code" else image
+        shown = shown[:, ::-1] if task == "mirror" else shown
         found = [known[_tile(shown, position).tobytes()] for position in range(4)]
         assert {where for where, _ in found} == {split}
         name, argument = prompt.split()
@@ -102,7 +105,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(ValueError, match=r"draw: task must be one of what, .*, next; got 'sum'"):
+    with pytest.raises(ValueError, match=r"draw: task must be one of what, .*, mirror; got 'sum'"):
         scenes.draw("sum", "train", 1, 0)
 
 

@@ -10,9 +10,9 @@ from transformers import AutoProcessor
 from transformers.utils import logging
 
 from benchmarks.quality import scenes, tinyllava
-from benchmarks.quality.scenes import NEW_TASKS, OLD_TASKS
+from benchmarks.quality.scenes import LATER_TASKS, NEW_TASKS, OLD_TASKS
 
-TASKS = (*OLD_TASKS, *NEW_TASKS)
+TASKS = (*OLD_TASKS, *NEW_TASKS, *LATER_TASKS)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What the C++ backend of ``decorate`` promises beyond what every backend does."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, decorate_official
 from tailor_fast.ops.decorate.api import TOL
 from tailor_fast.testing import assert_within
-from tests.backends import INSTRUCTION_SETS, needs_native, on_instruction_set
+from tests.backends import KERNELS, needs_native, on_kernels
 
 from .problems import Problem, bare, correlated, damped, drawn, objective, optimum
 from .problems import sweep as swept
@@ -18,15 +19,16 @@ from .problems import sweep as swept
 pytestmark = needs_native
 native = pytest.importorskip("tailor_fast.ops.decorate.native")
 exact = pytest.importorskip("tailor_fast.ops.decorate.native.exact")
+root = pytest.importorskip("tailor_fast.ops.decorate.native.root")
 sweep = pytest.importorskip("tailor_fast.ops.decorate.native.sweep")
 
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(scope="module", autouse=True, params=INSTRUCTION_SETS)
+@pytest.fixture(scope="module", autouse=True, params=KERNELS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """These tests name their backend; they run once per instruction set."""
-    yield from on_instruction_set(request.param)
+    """These tests name their backend; they run once per set of kernels."""
+    yield from on_kernels(request.param)
 
 
 def solve(problem: Problem, rhs: torch.Tensor | None = None, **options: float) -> Decorated:
@@ -213,7 +215,7 @@ def test_panels_of_the_sweep(monkeypatch) -> None:
     )
     plain = decorate_obs(*problem, backend="reference").patch
     assert_within(decorate_obs(*problem, backend="native").patch, best, plain)
-    monkeypatch.setattr(sweep, "_PANEL", sweep.BLOCK)
+    monkeypatch.setattr(root, "PANEL", root.BLOCK)
     assert_within(decorate_obs(*problem, backend="native").patch, best, plain)
 
 
@@ -268,3 +270,16 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
     rows, width = 64, 2**61  # more scratch than any vector holds, for each of two chunks of rows
     with pytest.raises(ValueError, match="larger than max_size"):
         exact._C.decorate_sweep(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, rows, width, 0, 0, 2)
+
+
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the process"
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_that_cannot_be_had_reaches_the_caller(threads: int) -> None:
+    """As MemoryError, out of each of two threads at once; the next call works."""
+    rows, width = 64, 2**57  # 2 EiB of scratch: within a vector's limit, beyond any address space
+    with pytest.raises(MemoryError):
+        exact._C.decorate_sweep(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, rows, width, 0, 0, threads)
+    problem = correlated(70, 40)
+    check_minimum(problem, solve(problem).patch, 0.01)

@@ -13,7 +13,7 @@ from tailor_fast.ops.gram import (
     accumulate_gram_diag_,
 )
 from tailor_fast.testing import assert_within
-from tests.backends import INSTRUCTION_SETS, needs_native, on_instruction_set
+from tests.backends import KERNELS, needs_native, on_kernels
 
 pytestmark = needs_native
 native = pytest.importorskip("tailor_fast.ops.gram.native")
@@ -22,10 +22,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TASK = native._C.GRAM_DIAGONAL_TOKENS
 
 
-@pytest.fixture(scope="module", autouse=True, params=INSTRUCTION_SETS)
+@pytest.fixture(scope="module", autouse=True, params=KERNELS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """These tests name their backend; they run once per instruction set."""
-    yield from on_instruction_set(request.param)
+    """These tests name their backend; they run once per set of kernels."""
+    yield from on_kernels(request.param)
 
 
 def sums(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:

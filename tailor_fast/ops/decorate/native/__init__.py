@@ -1,10 +1,8 @@
-"""The ``decorate`` op on CPU tensors: C++ kernels, with GEMM and Cholesky from torch.
+"""The ``decorate`` op on CPU tensors: C++ kernels, with GEMMs from where ``ops/gemm.py`` says.
 
-A row's result does not depend on its neighbours; ``exact`` gives the same bits at any number of
-threads but for its losses, whose GEMM is torch's.
+A row's result does not depend on its neighbours; ``exact`` gives the same patch at any number of
+threads.
 """
-
-import math
 
 import torch
 
@@ -14,11 +12,12 @@ from tailor_fast.ops.decorate.native.sweep import factorize, sweep_rows
 from tailor_fast.ops.decorate.tiles import (
     Load,
     Losses,
+    Solved,
     Store,
-    as_losses,
+    exact_by_tiles,
     in_place,
+    obs_by_tiles,
     row_tiles,
-    warn_of_unproved,
 )
 
 __all__ = [
@@ -91,26 +90,19 @@ def _exact(
     target_energy: Tensor | None,
     problem: Problem,
 ) -> Losses:
-    losses = torch.zeros(3, dtype=torch.float64)
-    if rhs is not None:
-        losses += math.nan if target_energy is None else target_energy
-    iterations = unproved = 0
-    for rows in row_tiles(mask, TILE):
-        tile_rhs = None if rhs is None else rhs[rows]
-        tile = solve_rows(problem, load(rows), mask[rows], tile_rhs)
-        store(rows, tile.patch)
-        losses += tile.losses
-        iterations = max(iterations, tile.iterations)
-        unproved += tile.unproved
-    warn_of_unproved(unproved, len(mask), problem.tol, problem.max_iterations)
-    return as_losses(losses, iterations)
+    def solve(rows: slice, delta: Tensor, right: Tensor | None) -> Solved:
+        return solve_rows(problem, delta, mask[rows], right)
+
+    limits = (problem.tol, problem.max_iterations)
+    return exact_by_tiles(load, store, mask, TILE, rhs, target_energy, limits, solve)
 
 
 def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, percdamp: float) -> Losses:
     root = factorize(gram, percdamp)
-    losses = torch.zeros(3, dtype=torch.float64)
-    for rows in row_tiles(mask, TILE):
-        patch, tile_losses = sweep_rows(root, gram, load(rows), mask[rows])
-        store(rows, patch)
-        losses += tile_losses
-    return as_losses(losses, iterations=0)
+    most = next(row_tiles(mask, TILE), slice(0, 0)).stop
+    scratch = [torch.empty(most, mask.shape[1]) for _ in range(2)]  # fresh pages take time
+
+    def solve(rows: slice, delta: Tensor) -> Solved:
+        return Solved(*sweep_rows(root, gram, delta, mask[rows], scratch))
+
+    return obs_by_tiles(load, store, mask, TILE, solve)

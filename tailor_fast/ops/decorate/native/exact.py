@@ -10,6 +10,8 @@ import torch
 
 from tailor_fast import _C
 from tailor_fast._core.backend import implementation
+from tailor_fast.ops.decorate.tiles import Solved
+from tailor_fast.ops.gemm import add_product_, product
 
 Tensor = torch.Tensor
 
@@ -33,23 +35,6 @@ class Problem(NamedTuple):
     damping: float
     tol: float
     max_iterations: int
-
-
-class Solved(NamedTuple):
-    """One tile of rows, solved.
-
-    Attributes:
-        patch: float32 ``[rows, cols]``.
-        losses: float64 ``[3]``: objective at the patch, at the bare mask, at 0. With a right-hand
-            side the target energy is to be added to each.
-        iterations: of the slowest row, both precisions together.
-        unproved: rows that ended without the proof.
-    """
-
-    patch: Tensor
-    losses: Tensor
-    iterations: int
-    unproved: int
 
 
 def solve_rows(problem: Problem, delta: Tensor, keep: Tensor, rhs: Tensor | None) -> Solved:
@@ -134,7 +119,7 @@ def energy(error: Tensor, gram: Tensor, damping: float) -> Tensor:
     for start in range(0, cols, _PANEL):
         columns = slice(start, start + _PANEL)
         panel = error[:, columns]
-        answer = (error[:, :start] @ gram[:start, columns].to(dtype)).mul_(2)
-        answer.addmm_(panel, gram[columns, columns].to(dtype))
+        answer = product(panel, gram[columns, columns].to(dtype))
+        add_product_(answer, error[:, :start], gram[:start, columns].to(dtype), scale=2.0)
         total += answer.mul_(panel).sum(dtype=torch.float64)
     return total

@@ -1,15 +1,19 @@
 """The authors' sweep: scores and columns in C++, the score at the threshold by selection.
 
-The semantics are those of ``reference/official.py``. The inverse's factor comes from one
-factorisation in place of the authors' three, which rounds less.
+The semantics are those of ``reference/official.py``. There the errors E of the columns before a
+block move it by ``E_before U_before,block``. Here ``X = E U`` is kept, for which ``X R = E`` with
+``R = U^-1``: the move is ``-X_before R_before,block U_block``. So R, from one factorisation in
+place of the authors' three, is not inverted; that also rounds less.
 """
 
 import torch
 
 from tailor_fast import _C
 from tailor_fast.ops.decorate.inputs import OfficialOptions
+from tailor_fast.ops.decorate.native.root import Carry, factorize_, invert
 from tailor_fast.ops.decorate.native.sweep import Block, sweep_columns
-from tailor_fast.ops.decorate.official import LinAlgError, no_factor, warn_of_undefined
+from tailor_fast.ops.decorate.official import no_factor, warn_of_undefined
+from tailor_fast.ops.gemm import add_product_, product
 
 Tensor = torch.Tensor
 
@@ -19,21 +23,24 @@ def decorate_official_(
 ) -> tuple[Tensor, Tensor]:
     """Turn the tuned ``weight`` into the authors' result; returns what was kept, and their loss.
 
-    Beside the result it holds a float32 copy of the weight, and three matrices of the Gram's size
-    while it factorises, one afterwards.
+    Beside the result it holds a float32 matrix of the weight's size and one of the Gram's.
     """
     cols = weight.shape[1]
     upper = _factorize(gram, options.percdamp)
-    moving = weight.to(torch.float32, copy=True)
+    moves = torch.empty_like(weight, dtype=torch.float32)  # X
+    carry = Carry(moves, upper, options.block_size)
     kept = torch.empty_like(weight, dtype=torch.bool)
     loss = torch.zeros((), dtype=torch.float64)
     undefined = 0
     for start in range(0, cols, options.block_size):
-        columns = slice(start, start + options.block_size)
+        columns = slice(start, min(start + options.block_size, cols))
         original = base[:, columns]
-        working, target = moving[:, columns], original.float()
-        factor = upper[columns, columns]
-        block, errors = Block.build(factor, sign=1), torch.empty_like(target)
+        target = original.float()
+        factor = invert(upper[columns, columns].triu()).float()
+        carried = carry.to(start, columns.stop)
+        working = weight[:, columns].to(torch.float32, copy=True)
+        working = add_product_(working.contiguous(), carried, factor, scale=-1.0)
+        block, errors = Block.build(factor, sign=1), torch.empty_like(working)
         if options.prunen:
             keep = _sweep_groups(working, target, block, errors, options)
         else:
@@ -48,27 +55,20 @@ def decorate_official_(
         kept[:, columns] = keep
         weight[:, columns] = torch.where(keep, working.to(weight.dtype), original)
         loss += errors.square().sum(dtype=torch.float64) / 2
-        later = slice(start + options.block_size, cols)
-        moving[:, later].addmm_(errors, upper[columns, later])
+        moves[:, columns] = product(errors.sub_(carried), factor)
     warn_of_undefined(undefined)
     return kept, loss
 
 
 def _factorize(gram: Tensor, percdamp: float) -> Tensor:
-    """``U`` with ``U^T U`` the inverse of the damped Gram, dead columns at 1."""
-    reverse = gram.flip(0, 1)
-    diagonal = reverse.diagonal()
+    """R with ``R R^T`` the damped Gram, dead columns at 1; see ``Root.upper``."""
+    upper = gram.clone()
+    diagonal = upper.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += percdamp * diagonal.mean()
-    try:
-        lower = torch.linalg.cholesky(reverse)
-    except LinAlgError as error:
-        raise no_factor(error, percdamp) from error
-    del reverse
-    inverse = torch.eye(len(gram))
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    return inverse.flip(0, 1)
+    if factorize_(upper) is None:
+        raise no_factor("a block without a Cholesky factor", percdamp)
+    return upper
 
 
 def _score(working: Tensor, salience: Tensor, block: Block, options: OfficialOptions) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two column sweeps: C++ within a block of columns, one GEMM from block to block."""
+"""The column sweeps: C++ within a block of columns, GEMMs from block to block."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ import torch
 from tailor_fast import _C
 from tailor_fast.ops.decorate.ladder import climb
 from tailor_fast.ops.decorate.native.exact import FLOAT32_FROM, energy
+from tailor_fast.ops.decorate.native.root import BLOCK, Carry, Root, factorize_
 from tailor_fast.ops.decorate.values import damping_of
+from tailor_fast.ops.gemm import add_product_
 
 Tensor = torch.Tensor
 
-BLOCK = 128  # columns of ``obs`` that are swept one by one before one GEMM takes them up
-_PANEL = 512  # columns of ``obs`` that one GEMM over all before them serves; a multiple of BLOCK
 _PAD = 16  # floats of the widest vector
 
 
@@ -76,60 +76,31 @@ def sweep_columns(
     )
 
 
-class Root(NamedTuple):
-    """``H = gram + damping I = R R^T``.
-
-    The optimal brain surgeon needs ``U = R^-1`` within its blocks alone: what the columns before a
-    block add to it is ``(D - P)_before R_before,block U_block,block``. The inverse is not formed.
-
-    Attributes:
-        upper: R, float32 ``[cols, cols]``, upper triangular, contiguous; None where H is 0.
-        inverses: diagonal blocks of U.
-        blocks: the same as the sweep reads them.
-        damping: λ.
-    """
-
-    upper: Tensor | None
-    inverses: list[Tensor]
-    blocks: list[Block]
-    damping: float
-
-
 def factorize(gram: Tensor, percdamp: float) -> Root:
-    """R by one Cholesky factorisation with rows and columns in reverse order.
+    """R of the damped Gram; where that fails see ``climb``.
 
     Raises:
         ValueError: not positive definite with any damping that is tried.
     """
     if damping_of(gram, 1.0) == 0.0:  # inputs that were never seen: nothing costs anything
-        return Root(None, [], [], 0.0)
-    root, damping = climb(gram, percdamp, _root)
-    # Identity past the last column, so that all blocks are of one size: one batched call. In
-    # float64, whose time does not show: what it rounds stays in every weight of the block.
-    count = -(-len(gram) // BLOCK)
-    parts = torch.eye(BLOCK, dtype=torch.float64).repeat(count, 1, 1)
-    identity = parts.clone()
-    widths = [min(BLOCK, len(gram) - number * BLOCK) for number in range(count)]
-    for number, width in enumerate(widths):
-        part = slice(number * BLOCK, number * BLOCK + width)
-        parts[number, :width, :width] = root[part, part]
-    whole = torch.linalg.solve_triangular(parts, identity, upper=True).float()
-    inverses = [inverse[:width, :width] for inverse, width in zip(whole, widths, strict=True)]
-    blocks = [Block.build(inverse, sign=-1) for inverse in inverses]
-    return Root(root.float(), inverses, blocks, damping)
+        return Root(None, [], 0.0)
+    (upper, inverses), damping = climb(gram, percdamp, _root)
+    return Root(upper, inverses, damping)
 
 
-def _root(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    """R in ``dtype``; None where the factorisation fails. Holds two more matrices meanwhile."""
-    reverse = gram.to(dtype).flip(0, 1)
-    reverse.diagonal().add_(damping)
-    # Factors have contiguous columns, so that the transpose of the upper one has contiguous rows.
-    factor, failed_at = torch.linalg.cholesky_ex(reverse, upper=True)
-    del reverse
-    return factor.T.flip(0, 1) if int(failed_at) == 0 else None
+def _root(gram: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]] | None:
+    """R and the inverses of its blocks by arithmetic in ``dtype``; None where it fails."""
+    upper = gram.to(dtype, copy=True)
+    upper.diagonal().add_(damping)
+    inverses = factorize_(upper)
+    if inverses is None:
+        return None
+    return upper.float(), [inverse.float() for inverse in inverses]
 
 
-def sweep_rows(root: Root, gram: Tensor, delta: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def sweep_rows(
+    root: Root, gram: Tensor, delta: Tensor, keep: Tensor, scratch: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Sweep a tile of rows on a fixed mask.
 
     Args:
@@ -137,28 +108,28 @@ def sweep_rows(root: Root, gram: Tensor, delta: Tensor, keep: Tensor) -> tuple[T
         gram: the Gram itself.
         delta: float32 ``[rows, cols]``.
         keep: bool ``[rows, cols]``.
+        scratch: two float32 matrices of as many columns and at least as many rows.
 
     Returns:
         Patch ``[rows, cols]``, and float64 ``[3]``: the objective at it, at the bare mask, at 0.
     """
     if root.upper is None:
         return delta.masked_fill(~keep, 0), torch.zeros(3, dtype=torch.float64)
-    patch, rest, errors = (torch.empty_like(delta) for _ in range(3))
-    for number, (inverse, block) in enumerate(zip(root.inverses, root.blocks, strict=True)):
-        start, first = number * BLOCK, number * BLOCK // _PANEL * _PANEL
+    patch = torch.empty_like(delta)
+    rest, errors = (part[: len(delta)] for part in scratch)
+    carry = Carry(rest, root.upper, BLOCK)
+    for number, inverse in enumerate(root.inverses):
+        start = number * BLOCK
         stop = start + len(inverse)
-        if start == first:
-            panel = rest[:, :start] @ root.upper[:start, start : start + _PANEL]
-        carried = panel[:, start - first : stop - first]
-        carried.addmm_(rest[:, first:start], root.upper[first:start, start:stop])
-        weight = torch.addmm(delta[:, start:stop], carried, inverse)
+        weight = delta[:, start:stop].clone(memory_format=torch.contiguous_format)
+        add_product_(weight, carry.to(start, stop), inverse)
+        block = Block.build(inverse, sign=-1)
         _sweep_delta(weight, delta, keep, block, errors, patch, rest, start)
     if delta.numel() * delta.shape[1] < FLOAT32_FROM:  # where rounding would not average out
         bare = delta.masked_fill(keep, 0)
         losses = [energy(error, gram, root.damping) for error in (rest, bare, delta)]
         return patch, torch.stack(losses)
-    loss = errors.square().sum(dtype=torch.float64)
-    return patch, torch.stack([loss, *_objectives(errors, delta, patch, keep, root.upper)])
+    return patch, _objectives(errors, delta, patch, keep, root.upper)
 
 
 def _sweep_delta(
@@ -191,10 +162,10 @@ def _sweep_delta(
 
 def _objectives(
     errors: Tensor, delta: Tensor, patch: Tensor, keep: Tensor, upper: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The objective of the bare mask and of the base layer, from the errors of the sweep."""
+) -> Tensor:
+    """Float64 ``[3]``: the objective at the patch, at the bare mask, at 0, all from the errors."""
     rows, cols = delta.shape
-    bare, reverted = _C.decorate_objectives(
+    found = _C.decorate_objectives(
         errors.data_ptr(),
         delta.data_ptr(),
         patch.data_ptr(),
@@ -204,4 +175,4 @@ def _objectives(
         cols,
         torch.get_num_threads(),
     )
-    return torch.tensor(bare, dtype=torch.float64), torch.tensor(reverted, dtype=torch.float64)
+    return torch.tensor(found, dtype=torch.float64)

@@ -5,8 +5,6 @@ memory beside the result does not grow with the number of rows, and the in-place
 code on the same tiles. ``official`` chooses its mask over all rows of a block and needs them all.
 """
 
-import math
-
 import torch
 
 from tailor_fast.ops.decorate.reference.cg import System
@@ -16,11 +14,11 @@ from tailor_fast.ops.decorate.reference.sweep import energy, factorize, sweep_ro
 from tailor_fast.ops.decorate.tiles import (
     Load,
     Losses,
+    Solved,
     Store,
-    as_losses,
+    exact_by_tiles,
     in_place,
-    row_tiles,
-    warn_of_unproved,
+    obs_by_tiles,
 )
 
 __all__ = [
@@ -100,31 +98,23 @@ def _exact(
     max_iterations: int,
 ) -> Losses:
     system = System.build(gram, damping)
-    losses = gram.new_zeros(3, dtype=torch.float64)
-    if rhs is not None:
-        losses += math.nan if target_energy is None else target_energy
-    iterations = unproved = 0
-    for rows in row_tiles(mask, EXACT_TILE):
-        tile_rhs = None if rhs is None else rhs[rows]
-        tile = solve_rows(system, load(rows), mask[rows], tile_rhs, tol, max_iterations)
-        store(rows, tile.patch)
-        losses += tile.losses
-        iterations = max(iterations, tile.iterations)
-        unproved += tile.unproved
-    warn_of_unproved(unproved, len(mask), tol, max_iterations)
-    return as_losses(losses, iterations)
+
+    def solve(rows: slice, delta: torch.Tensor, right: torch.Tensor | None) -> Solved:
+        return solve_rows(system, delta, mask[rows], right, tol, max_iterations)
+
+    limits = (tol, max_iterations)
+    return exact_by_tiles(load, store, mask, EXACT_TILE, rhs, target_energy, limits, solve)
 
 
 def _obs(
     load: Load, store: Store, mask: torch.Tensor, gram: torch.Tensor, percdamp: float
 ) -> Losses:
     factor = factorize(gram, percdamp)
-    losses = gram.new_zeros(3, dtype=torch.float64)
-    for rows in row_tiles(mask, OBS_TILE):
-        delta = load(rows)
+
+    def solve(rows: slice, delta: torch.Tensor) -> Solved:
         undecorated = energy(delta.masked_fill(mask[rows], 0), gram, factor.damping)
         reverted = energy(delta, gram, factor.damping)
         patch, loss = sweep_rows(factor, delta, mask[rows])
-        store(rows, patch)
-        losses += torch.stack([loss, undecorated, reverted])
-    return as_losses(losses, iterations=0)
+        return Solved(patch, torch.stack([loss, undecorated, reverted]))
+
+    return obs_by_tiles(load, store, mask, OBS_TILE, solve)

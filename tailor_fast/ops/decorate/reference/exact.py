@@ -17,29 +17,13 @@ from typing import NamedTuple
 import torch
 
 from tailor_fast.ops.decorate.reference.cg import System, conjugate_gradients, multiply
+from tailor_fast.ops.decorate.tiles import Solved
 
 # Precisions of the iterations, each with the share of its first residual that it can reach, and how
 # many iterations per kept weight it is worth: in exact arithmetic one is enough.
 _ROUNDS = ((torch.float32, 1e-6, 3), (torch.float64, 0.0, 100))
 # A float64 residual of this share of b is rounding: the proof where λ = 0 or p = d offers none.
 _ROUNDING = 1e-12
-
-
-class Solved(NamedTuple):
-    """One tile of rows, solved.
-
-    Attributes:
-        patch: float32 ``[rows, cols]``.
-        losses: float64 ``[3]``: objective at the patch, at the bare mask, at 0. With a right-hand
-            side the target energy is to be added to each.
-        iterations: of the slowest row, all rounds together.
-        unproved: rows that ended without the proof.
-    """
-
-    patch: torch.Tensor
-    losses: torch.Tensor
-    iterations: int
-    unproved: int
 
 
 class _Rows(NamedTuple):

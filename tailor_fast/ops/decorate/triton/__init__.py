@@ -5,18 +5,17 @@ in-place forms run the same code on the same tiles. A tile is large, for the GEM
 4096 columns. ``exact`` takes about 2 GiB for it, and 4 bytes per element of the Gram.
 """
 
-import math
-
 import torch
 
 from tailor_fast._core.launch import KernelForm
 from tailor_fast.ops.decorate.tiles import (
     Load,
     Losses,
+    Solved,
     Store,
-    as_losses,
+    exact_by_tiles,
     in_place,
-    row_tiles,
+    obs_by_tiles,
 )
 from tailor_fast.ops.decorate.triton import cg, sweep
 from tailor_fast.ops.decorate.triton import system as systems
@@ -99,25 +98,18 @@ def _exact(
     target_energy: Tensor | None,
     problem: Problem,
 ) -> Losses:
-    losses = mask.new_zeros(3, dtype=torch.float64)
-    if rhs is not None:
-        losses += math.nan if target_energy is None else target_energy
-    iterations = 0
-    for rows in row_tiles(mask, TILE):
-        tile_rhs = None if rhs is None else rhs[rows]
-        tile = solve_rows(problem, load(rows), mask[rows], tile_rhs)
-        store(rows, tile.patch)
-        losses += tile.losses
-        iterations = max(iterations, tile.iterations)
-    return as_losses(losses, iterations)
+    def solve(rows: slice, delta: Tensor, right: Tensor | None) -> Solved:
+        return solve_rows(problem, delta, mask[rows], right)
+
+    limits = (problem.tol, problem.max_iterations)
+    return exact_by_tiles(load, store, mask, TILE, rhs, target_energy, limits, solve)
 
 
 def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, percdamp: float) -> Losses:
     root = sweep.factorize(gram, percdamp)
     system = System(gram, root.damping)
-    losses = gram.new_zeros(3, dtype=torch.float64)
-    for rows in row_tiles(mask, TILE):
-        patch, tile_losses = sweep.sweep_rows(root, system, load(rows), mask[rows])
-        store(rows, patch)
-        losses += tile_losses
-    return as_losses(losses, iterations=0)
+
+    def solve(rows: slice, delta: Tensor) -> Solved:
+        return Solved(*sweep.sweep_rows(root, system, delta, mask[rows]))
+
+    return obs_by_tiles(load, store, mask, TILE, solve)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tailor_fast._core.backend import implementation
+from tailor_fast.ops.decorate.tiles import Solved
 from tailor_fast.ops.decorate.triton.cg import conjugate_gradients
 from tailor_fast.ops.decorate.triton.system import System
 
@@ -38,21 +39,6 @@ class Problem(NamedTuple):
     system: System
     tol: float
     max_iterations: int
-
-
-class Solved(NamedTuple):
-    """One tile of rows, solved.
-
-    Attributes:
-        patch: float32 ``[rows, cols]``.
-        losses: float64 ``[3]``: objective at the patch, at the bare mask, at 0. With a right-hand
-            side the target energy is to be added to each.
-        iterations: of the slowest row, all rounds together.
-    """
-
-    patch: Tensor
-    losses: Tensor
-    iterations: int
 
 
 class _Rows(NamedTuple):

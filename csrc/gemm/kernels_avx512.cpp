@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#define TAILOR_FAST_AVX512
+#include "gemm/kernels_body.h"
+#endif

@@ -1,0 +1,2 @@
+#define TAILOR_FAST_PORTABLE
+#include "gemm/kernels_body.h"

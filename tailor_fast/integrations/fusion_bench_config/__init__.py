@@ -1,0 +1,1 @@
+"""Configurations for fusion_bench: ``hydra.searchpath`` finds them with ``pkg://`` before it."""
