@@ -6,6 +6,7 @@ every time, so that a red run is a change of the code and never of the dice.
 
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def pytest_configure() -> None:
     # Fills what torch.empty returns with NaN or the largest integer: a kernel that leaves an
     # element unwritten is then seen at once.
     torch.use_deterministic_algorithms(True)
+    # What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

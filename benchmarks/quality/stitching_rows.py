@@ -204,7 +204,7 @@ def _surrogate(retain: bool) -> Row:
 ROWS: Mapping[str, Row] = {
     "base": Row(lambda bench, _: bench.base),
     **{
-        f"tuned-{task}": Row(lambda bench, _, at=at: bench.tuned[at])  # type: ignore[misc]
+        f"tuned-{task}": Row(lambda bench, _, at=at: bench.tuned[at])  # type: ignore[misc]  # its default binds now
         for at, task in enumerate(TASKS)
     },
     "task-arithmetic": _rule(stitching_rules.task_arithmetic, _grid(scale=_STEPS)),

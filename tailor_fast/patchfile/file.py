@@ -116,8 +116,7 @@ class Patch(Mapping[str, PatchEntry]):
             True when the module was changed; False when it was BASE already.
 
         Raises:
-            WrongStateError, MismatchError, MalformedError, TruncatedError, ChangedError,
-                TransferError: as for ``apply_``.
+            TailorError: as for ``apply_``.
         """
         self.check_unchanged()
         return self._switch.run(module, REVERT)
