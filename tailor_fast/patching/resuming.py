@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from tailor_fast.checkpoint import (
     TensorSource,
     open_checkpoint,
 )
-from tailor_fast.checkpoint.files import open_input
+from tailor_fast.checkpoint.files import input_error, open_input
 from tailor_fast.models.samples import hash_samples, read_samples
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import LinearReport
@@ -89,7 +88,10 @@ def _checkpoint(checkpoint: TensorSource) -> dict[str, Any]:
     weights = {}
     for shard in checkpoint.shards:
         state = shard.snapshot
-        changed = os.stat(shard.path).st_ctime_ns  # noqa: PTH116  set by the system alone
+        try:
+            changed = shard.path.stat().st_ctime_ns  # set by the system alone
+        except OSError as error:  # taken away since it was opened
+            raise input_error(error, shard.path) from error
         weights[shard.file_name] = [shard.header_sha256, state.size, state.mtime_ns, changed]
     beside = (*checkpoint.side_files, *checkpoint.settings)
     return weights | {path.name: _sha256(path) for path in beside}
