@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from tailor_fast._core.closing import Closing
 from tailor_fast._core.env import report_no_usage_to_ray
 from tailor_fast._core.errors import UsageError
 from tailor_fast.batch.manifest import JobSpec
@@ -29,7 +29,7 @@ _LOST = 1
 Work = Callable[[JobSpec, bool], JobState]
 
 
-class Cluster:
+class Cluster(Closing):
     """A connection to Ray.
 
     Args:
@@ -64,16 +64,7 @@ class Cluster:
         self._ray = ray
         self._cpus = cpus
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Disconnect; a cluster that was started here ends."""
         self._ray.shutdown()
 

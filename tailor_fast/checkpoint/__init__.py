@@ -36,6 +36,7 @@ from tailor_fast.checkpoint.pair import Joined, Origin, Side, join_pair, match_p
 from tailor_fast.checkpoint.plan import Layout, Placement, TensorSpec, plan_layout
 from tailor_fast.checkpoint.reader import Checkpoint, ShardInfo, TensorInfo, open_checkpoint
 from tailor_fast.checkpoint.records import (
+    MANIFEST_FORMAT,
     CheckpointRecord,
     FileRecord,
     build_manifest,
@@ -49,6 +50,7 @@ from tailor_fast.checkpoint.writer import StagedCheckpoint, StagedFile
 __all__ = [
     "CARD_NAME",
     "DTYPES",
+    "MANIFEST_FORMAT",
     "MANIFEST_NAME",
     "REPORT_NAME",
     "AdapterConfig",

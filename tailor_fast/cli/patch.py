@@ -127,7 +127,7 @@ def _run(options: PatchOptions, processes: Processes) -> Report:
 def _show(report: Report, options: PatchOptions) -> None:
     from tailor_fast.checkpoint import REPORT_NAME
     from tailor_fast.cli.tables import facts, share, show, shown_size
-    from tailor_fast.patching.checkpoints import PICTURE_NAME
+    from tailor_fast.patching.records import PICTURE_NAME
 
     out, patch = None if options.no_checkpoint else options.out, options.save_patch
     kept = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 
 from tailor_fast._core.errors import InputError
-from tailor_fast._core.regular import read_regular
 from tailor_fast.checkpoint import Hashed, open_checkpoint
 from tailor_fast.models.inputs import load_processor, make_prompts
 from tailor_fast.models.samples import Sample
+from tailor_fast.models.skeleton import named_classes
 from tailor_fast.models.texts import REFUSALS, first_line, tokenizer_of
 
 _BUFFER_BYTES = 8 << 20
@@ -116,15 +115,8 @@ def _load_model(directory: Path) -> Any:
     """The model that ``config.json`` names, with its weights; no network, no code."""
     import transformers
 
-    path = directory / "config.json"
-    try:
-        named = json.loads(read_regular(path)).get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path}: the model's configuration cannot be read ({error}); expected the config.json"
-            " that save_pretrained writes"
-        ) from None
-    kind = getattr(transformers, str(named[0]), None) if named else None
+    path, named = directory / "config.json", named_classes(directory)
+    kind = getattr(transformers, named[0], None) if named else None
     if kind is None or not hasattr(kind, "generate"):
         raise InputError(
             f"{path}: architectures is {named}; expected a model class of transformers"

@@ -11,11 +11,11 @@ import fcntl
 import hashlib
 import json
 import os
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from tailor_fast._core.closing import Closing
 from tailor_fast._core.errors import InputError, OutputError, UsageError
 
 FORMAT = "tailor-predictions/1"
@@ -26,7 +26,7 @@ def digest_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-class PredictionFile:
+class PredictionFile(Closing):
     """Predictions of one model on one data file.
 
     Args:
@@ -134,19 +134,6 @@ class PredictionFile:
             os.fsync(self._fd)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

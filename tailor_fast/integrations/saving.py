@@ -6,7 +6,6 @@ model calls them in memory, so that the patch file fits the base and nothing is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +15,6 @@ from torch import nn
 
 from tailor_fast._core.errors import InputError
 from tailor_fast.checkpoint import (
-    CARD_NAME,
-    MANIFEST_NAME,
-    REPORT_NAME,
     Checkpoint,
     CheckpointRecord,
     Hashed,
@@ -26,22 +22,17 @@ from tailor_fast.checkpoint import (
     OutputExistsError,
     StagedCheckpoint,
     TensorHasher,
-    build_manifest,
     checkpoint_root,
     input_record,
-    model_card,
-    model_name,
     open_checkpoint,
     plan_layout,
-    read_license,
 )
 from tailor_fast.models import map_keys
 from tailor_fast.patchfile import diff_checkpoints
 from tailor_fast.patchfile.diffing import check_name
 from tailor_fast.patching import Tailored
-from tailor_fast.patching.checkpoints import PICTURE_NAME
 from tailor_fast.patching.picture import draw_report
-from tailor_fast.patching.resuming import versions
+from tailor_fast.patching.records import add_records
 from tailor_fast.patching.sources import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -106,8 +97,20 @@ class Destination:
                     tensor = words[name] if name in words else source.read(name)
                     staged.write(name, 0, tensor.detach().cpu().contiguous())
                 tuned_words = _by_disk_name(tuned.state_dict(), state)
-                self._describe(staged, source, _record(base, tuned_words), result)
-                self._add_files(staged, base, files)
+                report = result.report
+                add_records(
+                    staged,
+                    report,
+                    draw_report(report.to_dict()),
+                    recipe=report.recipe,
+                    places={"base": self.base},
+                    inputs={
+                        "base": input_record(base, source.finish(bytearray(BLOCK_BYTES))),
+                        "tuned": _record(base, tuned_words),
+                    },
+                    side_files={p.name: p for p in (*base.side_files, *files)}.values(),
+                    licensed=base,
+                )
                 staged.commit()
         diff_checkpoints(self.base, self.out, self.patch, overwrite=self._overwrite)
 
@@ -124,41 +127,6 @@ class Destination:
                     f" of the model that is trained; {remedy}"
                 )
         return keys
-
-    def _describe(
-        self,
-        staged: StagedCheckpoint,
-        base: Hashed,
-        tuned: CheckpointRecord,
-        result: Tailored,
-    ) -> None:
-        report = {**result.report.to_dict(), "inputs": {"base": str(self.base.absolute())}}
-        staged.add_file(REPORT_NAME, json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
-        staged.add_file(PICTURE_NAME, draw_report(report))
-        inputs = {
-            "base": input_record(base.checkpoint, base.finish(bytearray(BLOCK_BYTES))),
-            "tuned": tuned,
-        }
-        recipe = result.report.recipe
-        manifest = build_manifest(
-            inputs=inputs, output=staged.record(), recipe=recipe, versions=versions()
-        )
-        staged.add_file(MANIFEST_NAME, manifest)
-        card = model_card(
-            title=staged.out.name,
-            base_models=[model_name(self.base)],
-            recipe=recipe,
-            kept={row.tensor: (row.kept, row.rows * row.cols) for row in result.report.linears},
-            license=read_license(self.base),
-        )
-        staged.add_file(CARD_NAME, card)
-
-    def _add_files(self, staged: StagedCheckpoint, base: Checkpoint, files: Iterable[Path]) -> None:
-        chosen = {path.name: path for path in (*base.side_files, *files)}
-        for name in (CARD_NAME, MANIFEST_NAME, REPORT_NAME, PICTURE_NAME):
-            chosen.pop(name, None)
-        for path in chosen.values():
-            staged.copy_file(path)
 
 
 def _layout(base: Checkpoint) -> Layout:

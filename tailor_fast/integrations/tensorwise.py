@@ -10,12 +10,12 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from tailor_fast._core.closing import Closing
 from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.calibration.statfile import Statistics, open_statistics
@@ -28,7 +28,7 @@ from tailor_fast.patching.solving import GroupInputs, solve_layer
 from tailor_fast.patching.sources import BLOCK_BYTES, LayerOnDisk, open_sources
 
 
-class TensorwisePatch:
+class TensorwisePatch(Closing):
     """Patches the tensors of one pair of checkpoints, in any order, from any thread.
 
     Attributes:
@@ -82,19 +82,6 @@ class TensorwisePatch:
             raise
         self._lock = threading.Lock()
         self._last: GroupInputs | None = None  # layers of a group mostly come one after another
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
 
     def close(self) -> None:
         """Close the files."""

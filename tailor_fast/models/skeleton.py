@@ -35,14 +35,7 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
     import transformers
     from transformers import AutoConfig, initialization
 
-    path = directory / "config.json"
-    try:
-        named = json.loads(read_regular(path)).get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path}: the model's configuration cannot be read ({error}); expected the config.json"
-            " that save_pretrained writes"
-        ) from None
+    path, named = directory / "config.json", named_classes(directory)
     if named and named[0] in ORIGINAL_CLASSES:
         raise InputError(
             f"{path}: {named[0]} is the layout of LLaVA's authors, which transformers cannot run;"
@@ -64,6 +57,25 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
     model.train(False)
     split_(model)
     return model
+
+
+def named_classes(directory: Path) -> list[str]:
+    """Names of the model classes that ``config.json`` gives, the first of them the model's.
+
+    Raises:
+        InputError: there is no usable ``config.json``.
+    """
+    path = directory / "config.json"
+    try:
+        named = json.loads(read_regular(path)).get("architectures") or []
+        if not isinstance(named, list):
+            raise TypeError("architectures is no list")
+        return [str(name) for name in named]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: the model's configuration cannot be read ({error}); expected the config.json"
+            " that save_pretrained writes"
+        ) from None
 
 
 @contextmanager

@@ -5,11 +5,10 @@ complete and durable; leaving the ``with`` block without ``commit`` removes it.
 """
 
 import os
-import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
 
+from tailor_fast._core.closing import Closing
 from tailor_fast.checkpoint.errors import AnyPath
 from tailor_fast.checkpoint.files import byte_view, output_error, write_exact
 from tailor_fast.checkpoint.staging import Staging
@@ -19,7 +18,7 @@ _FILE_NAME = "patch.safetensors"  # in the staging directory
 _WINDOW = 64 << 20  # at most two of them wait in memory for the disk
 
 
-class GrowingFile:
+class GrowingFile(Closing):
     """One output file that is written at any offset and cut at its end.
 
     Attributes:
@@ -35,7 +34,7 @@ class GrowingFile:
         try:
             self._fd = self._staging.create(_FILE_NAME)
         except BaseException:
-            self.abort()
+            self.close()
             raise
 
     @property
@@ -83,8 +82,8 @@ class GrowingFile:
         self._close()
         self._staging.publish(_FILE_NAME)
 
-    def abort(self) -> None:
-        """Remove everything written; does nothing after a commit. Safe to repeat."""
+    def close(self) -> None:
+        """Close the file and, unless it was committed, remove it; safe to repeat."""
         self._close()
         self._staging.discard()
 
@@ -92,16 +91,3 @@ class GrowingFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Abort unless committed."""
-        self.abort()

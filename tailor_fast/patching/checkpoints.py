@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,29 +16,17 @@ from tailor_fast.calibration.data import read_data
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.statfile import is_statistics
 from tailor_fast.calibration.streamed import skeleton_of
-from tailor_fast.checkpoint import (
-    CARD_NAME,
-    MANIFEST_NAME,
-    REPORT_NAME,
-    StagedCheckpoint,
-    build_manifest,
-    input_record,
-    local_path,
-    model_card,
-    model_name,
-    read_license,
-)
+from tailor_fast.checkpoint import Held, StagedCheckpoint, input_record, local_path
 from tailor_fast.checkpoint.errors import shown_path
 from tailor_fast.patching.job import Job, PathLike, Request
 from tailor_fast.patching.picture import draw_report
 from tailor_fast.patching.pipeline import Writer
 from tailor_fast.patching.plan import PatchPlan
 from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.records import add_records
 from tailor_fast.patching.report import Report
-from tailor_fast.patching.resuming import Ledger, versions
+from tailor_fast.patching.resuming import Ledger
 from tailor_fast.patching.sources import BLOCK_BYTES, Sources
-
-PICTURE_NAME = "tailor_report.png"
 
 
 def patch_checkpoint(
@@ -54,6 +41,7 @@ def patch_checkpoint(
     options: RunOptions | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    held: Held | None = None,
 ) -> Report:
     """Patch ``base`` with the best part of ``tuned`` and write the model to ``out``.
 
@@ -75,6 +63,7 @@ def patch_checkpoint(
         progress: told about each step.
         processes: what ``join_processes`` yields, to do it together with others: all give the same
             arguments (``options.device`` may differ), process 0 writes.
+        held: keeps what is read of ``base`` for the next call, where there is memory for it.
 
     Returns:
         The report that is also written to ``out``.
@@ -87,7 +76,7 @@ def patch_checkpoint(
         StorageError: reading or writing failed half way.
         StoppedError: stopped by Ctrl-C when something was finished, which is kept.
     """
-    job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress)
+    job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress, held)
     job.join(processes)
     start = time.perf_counter()
     with job.opened() as (sources, layout):
@@ -111,7 +100,7 @@ def patch_checkpoint(
                 with job.report.timed("write"):
                     writer.drain()
             job.report.seconds["total"] = time.perf_counter() - start
-            _finish(sources, staged, job, picture)
+            _describe(sources, staged, job, picture)
             for source in (sources.base, sources.tuned):
                 source.checkpoint.check_unchanged()
             staged.commit()
@@ -185,49 +174,28 @@ def _job(
     retain: PathLike | None,
     options: RunOptions | None,
     progress: Progress | None,
+    held: Held | None = None,
 ) -> Job:
     new, sums, old = (None if p is None else Path(p) for p in (calibration, statistics, retain))
     recipe, options = recipe or Recipe(), options or RunOptions()
     ours, theirs = local_path(base), local_path(tuned)
     request = Request(ours, theirs, Path(out), recipe, new, sums, old, options)
-    return Job(request, progress)
+    return Job(request, progress, held)
 
 
-def _finish(
-    sources: Sources,
-    staged: StagedCheckpoint,
-    job: Job,
-    picture: bytes,
-) -> None:
-    """Add everything that is not a weight: side files, report, picture, card, manifest."""
-    tuned = sources.tuned.checkpoint
-    for path in sources.side_files:
-        staged.copy_file(path)
-    names = (job.request.base, job.request.tuned)
-    # `verify` looks for the base there.
-    places = {
-        role: str(name.absolute()) for role, name in zip(("base", "tuned"), names, strict=True)
-    }
-    report = {**job.report.to_dict(), "inputs": places}
-    text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False)
-    staged.add_file(REPORT_NAME, text, recorded=False)
-    staged.add_file(PICTURE_NAME, picture, recorded=False)
-    kept = {row.tensor: (row.kept, row.rows * row.cols) for row in job.report.linears}
-    card = model_card(
-        title=staged.out.name,
-        base_models=[model_name(name) for name in names],
-        recipe=job.recipe.model_dump(),
-        kept=kept,
-        license=None if tuned.directory is None else read_license(tuned.directory),
-    )
-    staged.add_file(CARD_NAME, card)
+def _describe(sources: Sources, staged: StagedCheckpoint, job: Job, picture: bytes) -> None:
     buffer = bytearray(BLOCK_BYTES)
-    inputs = {
-        "base": input_record(sources.base.checkpoint, sources.base.finish(buffer)),
-        "tuned": input_record(tuned, sources.tuned.finish(buffer)),
-    }
-    recipe = job.recipe.model_dump()
-    manifest = build_manifest(
-        inputs=inputs, output=staged.record(), recipe=recipe, versions=versions()
+    ours, theirs = sources.base, sources.tuned
+    add_records(
+        staged,
+        job.report,
+        picture,
+        recipe=job.recipe.model_dump(),
+        places={"base": job.request.base, "tuned": job.request.tuned},
+        inputs={
+            "base": input_record(ours.checkpoint, ours.finish(buffer)),
+            "tuned": input_record(theirs.checkpoint, theirs.finish(buffer)),
+        },
+        side_files=sources.side_files,
+        licensed=theirs.checkpoint,
     )
-    staged.add_file(MANIFEST_NAME, manifest)

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from tailor_fast.checkpoint import StagedCheckpoint
-from tailor_fast.ops.select import TopKSelector, select_patch
-from tailor_fast.patching.masks import within_tensor
+from tailor_fast.ops.select import TopKSelector
+from tailor_fast.patching.masks import mask_within
 from tailor_fast.patching.memory import SOLVERS, Memory, copy_parts, is_cut, parts_of
 from tailor_fast.patching.pipeline import Loaded, Part, Pipeline, Worker, Writer
 from tailor_fast.patching.recipe import Recipe
@@ -176,15 +176,8 @@ class DataFree:
         if name in self._units:
             selector = self._selectors[self._units[name]]
             return selector.mask(name, base, tuned, first_row=first, rows=rows)
-        return select_patch(
-            base,
-            tuned,
-            density=recipe.density,
-            salience_weight=1.0,
-            normalize=recipe.normalize,
-            scope=within_tensor(recipe),
-            name=name if len(base) == rows else f"{name}[{first}:{first + len(base)}]",
-        )
+        part = name if len(base) == rows else f"{name}[{first}:{first + len(base)}]"
+        return mask_within(recipe, base, tuned, None, part)
 
     def _is_equal(self, layer: LayerOnDisk, loaded: Loaded) -> bool:
         ours, theirs = self._sources.base.digests, self._sources.tuned.digests

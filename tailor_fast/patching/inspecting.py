@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailor_fast._core.regular import read_regular
+from tailor_fast._core.errors import InputError
 from tailor_fast.checkpoint import (
     Checkpoint,
     TensorInfo,
@@ -20,6 +19,7 @@ from tailor_fast.checkpoint import (
     read_adapter_config,
     shown_size,
 )
+from tailor_fast.models.skeleton import named_classes
 from tailor_fast.patching.outputs import Output, is_output, read_output
 from tailor_fast.patching.recipe import Recipe
 
@@ -133,12 +133,10 @@ def _by_dtype(tensors: tuple[TensorInfo, ...]) -> tuple[DtypeUse, ...]:
 def _architecture(checkpoint: Checkpoint) -> str | None:
     if checkpoint.directory is None:
         return None
-    path = checkpoint.directory / "config.json"
     try:
-        named = json.loads(read_regular(path)).get("architectures")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return ", ".join(map(str, named)) if isinstance(named, list) else None
+        return ", ".join(named_classes(checkpoint.directory)) or None
+    except InputError:
+        return None  # what is wrong with it matters to who builds the model
 
 
 def _patch_facts(output: Output) -> dict[str, Any]:

@@ -60,23 +60,41 @@ class Masks:
         if self.needs_scores_first:
             selector = self._selectors[self._units[name]]
             return selector.mask(name, pair.base, pair.tuned, self._weights[name])
-        recipe = self._recipe.of(name)
-        return select_patch(
-            pair.base,
-            pair.tuned,
-            column_weight,
-            sensitivity=recipe.sensitivity,
-            density=recipe.density,
-            salience_weight=1.0 if column_weight is None else recipe.salience_weight,
-            normalize=recipe.normalize,
-            scope=within_tensor(recipe),
-            name=name,
-        )
+        return mask_within(self._recipe.of(name), pair.base, pair.tuned, column_weight, name)
 
     @property
     def _salience_weight(self) -> float:
         data_free = any(weight is None for weight in self._weights.values())
         return 1.0 if data_free else self._recipe.salience_weight
+
+
+def mask_within(
+    recipe: Recipe,
+    base: torch.Tensor,
+    tuned: torch.Tensor,
+    column_weight: torch.Tensor | None,
+    name: str,
+) -> torch.Tensor:
+    """The bool mask ``[rows, cols]`` of a recipe whose scope stays within one tensor.
+
+    Args:
+        recipe: density, score and scope.
+        base: weight before fine-tuning ``[rows, cols]``.
+        tuned: weight after it.
+        column_weight: ``c`` of the sensitivity; None selects by salience alone.
+        name: layer's name, for messages.
+    """
+    return select_patch(
+        base,
+        tuned,
+        column_weight,
+        sensitivity=recipe.sensitivity,
+        density=recipe.density,
+        salience_weight=1.0 if column_weight is None else recipe.salience_weight,
+        normalize=recipe.normalize,
+        scope=within_tensor(recipe),
+        name=name,
+    )
 
 
 def within_tensor(recipe: Recipe) -> Literal["tensor", "block", "row"]:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor_fast._core.errors import InputError
-from tailor_fast.checkpoint import MANIFEST_NAME, REPORT_NAME
-
-FORMAT = "tailor-manifest/1"
+from tailor_fast.checkpoint import MANIFEST_FORMAT, MANIFEST_NAME, REPORT_NAME
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,10 @@ def read_output(path: Path) -> Output:
             f"{path}: holds no {MANIFEST_NAME}; expected a directory that `tailor-fast patch` made"
         )
     manifest = _read(path / MANIFEST_NAME, ("format", "inputs", "output", "recipe"))
-    if manifest["format"] != FORMAT:
+    if manifest["format"] != MANIFEST_FORMAT:
         raise InputError(
-            f"{path / MANIFEST_NAME}: format is {manifest['format']!r}; expected {FORMAT!r}; use"
-            " the version that wrote it"
+            f"{path / MANIFEST_NAME}: format is {manifest['format']!r}; expected"
+            f" {MANIFEST_FORMAT!r}; use the version that wrote it"
         )
     return Output(path, manifest, _read(path / REPORT_NAME, ("linears", "recipe", "density")))
 

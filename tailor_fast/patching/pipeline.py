@@ -7,16 +7,16 @@ thread alone takes memory and gives it back, so that all of it happens in one or
 from __future__ import annotations
 
 import threading
-import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from tailor_fast._core.closing import Closing
 from tailor_fast.checkpoint import Hashed, Side, StagedCheckpoint, TensorInfo
 from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.patching.ring import Ring, Span
@@ -32,7 +32,7 @@ class StoppedError(Exception):
     """The run is over; never reaches a caller."""
 
 
-class Worker:
+class Worker(Closing):
     """Threads, as a rule one, that work off tasks in order, and end when they are stopped."""
 
     def __init__(self, name: str, threads: int = 1) -> None:
@@ -48,7 +48,7 @@ class Worker:
         """Cut ``[begin, end)`` into pieces between which a task can be stopped.
 
         Raises:
-            StoppedError: ``stop`` was called.
+            StoppedError: ``close`` was called.
         """
         for at in range(begin, end, size):
             if self._stopping.is_set():
@@ -59,26 +59,13 @@ class Worker:
         """Wait for all tasks."""
         self._pool.shutdown()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Drop what has not begun and wait for the piece that is at work."""
         self._stopping.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Stop."""
-        self.stop()
-
-
-class Writer:
+class Writer(Closing):
     """Writes tensors behind the caller's back, in order.
 
     Args:
@@ -132,22 +119,9 @@ class Writer:
         while self._writes:
             self._writes.popleft().result()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Stop; what was not written is lost."""
-        self._worker.stop()
-
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Stop."""
-        self.stop()
+        self._worker.close()
 
 
 @dataclass(frozen=True)
@@ -187,7 +161,7 @@ class Loaded:
         return torch.frombuffer(self.view(side), dtype=dtype).view(-1, info.shape[-1])
 
 
-class Pipeline:
+class Pipeline(Closing):
     """The two inputs, the output and the memory in between.
 
     Leaving the ``with`` block stops the threads; a task is waited for up to its next MiB.
@@ -287,6 +261,11 @@ class Pipeline:
 
         return reader.submit(task)
 
+    def close(self) -> None:
+        """Stop reading."""
+        for reader in self._readers.values():
+            reader.close()
+
     def _digest(self, side: Side, name: str) -> Future[None]:
         reader, source = self._readers[side], self._inputs[side]
 
@@ -297,20 +276,6 @@ class Pipeline:
                     source.read_into(name, buffer, at, end)
 
         return reader.submit(task)
-
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Stop reading."""
-        for reader in self._readers.values():
-            reader.stop()
 
 
 def _ready(loaded: Loaded) -> Loaded:

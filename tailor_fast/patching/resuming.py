@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tailor_fast._version import __version__
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.statfile import is_statistics
 from tailor_fast.checkpoint import (
@@ -24,17 +22,12 @@ from tailor_fast.checkpoint import (
 from tailor_fast.checkpoint.files import input_error, open_input
 from tailor_fast.models.samples import hash_samples, read_samples
 from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.records import versions
 from tailor_fast.patching.report import LinearReport
 from tailor_fast.patching.sources import Sources
 
-_VERSIONED = ("torch", "transformers", "safetensors", "numpy")
 # on the bytes of the output, or, the samples, in another part of the fingerprint
 _WITHOUT_EFFECT = ("device", "max_ram", "max_shard_bytes", "overwrite", "resume", "samples")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the software that takes part in a run."""
-    return {"tailor_fast": __version__, **{name: version(name) for name in _VERSIONED}}
 
 
 def resume_of(

@@ -27,7 +27,7 @@ from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Report
 from tailor_fast.patching.sources import BLOCK_BYTES, LayerOnDisk, check_owner
 from tailor_fast.stitching.joint import require_grams
-from tailor_fast.stitching.outputs import add_records
+from tailor_fast.stitching.outputs import describe
 from tailor_fast.stitching.solving import LayerSolver
 from tailor_fast.stitching.support import Support
 from tailor_fast.stitching.tasks import (
@@ -133,7 +133,7 @@ class _Job:
                 with report.timed("write"):
                     writer.drain()
             report.seconds["total"] = time.perf_counter() - start
-            add_records(staged, self.base, tasks, report, picture)
+            describe(staged, self.base, tasks, report, picture)
             for checkpoint in (tasks[0].sources.base, *(task.file for task in tasks)):
                 checkpoint.checkpoint.check_unchanged()
             staged.commit()

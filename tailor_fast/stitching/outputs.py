@@ -1,37 +1,22 @@
-"""Everything of a stitched output that is not a weight: report, picture, card, manifest."""
+"""What a stitched output says of its inputs: the base, and each task's model and statistics."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tailor_fast._version import __version__
-from tailor_fast.checkpoint import (
-    CARD_NAME,
-    MANIFEST_NAME,
-    REPORT_NAME,
-    StagedCheckpoint,
-    build_manifest,
-    input_record,
-    model_card,
-    model_name,
-    read_license,
-)
-from tailor_fast.patching.checkpoints import PICTURE_NAME
+from tailor_fast.checkpoint import StagedCheckpoint, input_record
+from tailor_fast.patching.records import add_records
 from tailor_fast.patching.report import Report
 from tailor_fast.patching.sources import BLOCK_BYTES
 from tailor_fast.stitching.tasks import OpenTask
 
-_VERSIONED = ("torch", "transformers", "safetensors", "numpy")
 
-
-def add_records(
+def describe(
     staged: StagedCheckpoint, base: Path, tasks: Sequence[OpenTask], report: Report, picture: bytes
 ) -> None:
-    """Add side files of the base, report, picture, card and manifest, in this order.
+    """Add side files of the base, report, picture, card and manifest.
 
     Args:
         staged: the output, all weights written.
@@ -40,37 +25,20 @@ def add_records(
         report: of the run.
         picture: of the report.
     """
-    source = tasks[0].sources.base.checkpoint
-    for path in source.side_files:
-        staged.copy_file(path)
-    places = {task.name: task.file.checkpoint.path for task in tasks}
-    body = {
-        **report.to_dict(),
-        "inputs": {name: str(path.absolute()) for name, path in {"base": base, **places}.items()},
-        "tasks": {task.name: _facts(task) for task in tasks},
-    }
-    staged.add_file(REPORT_NAME, json.dumps(body, indent=2, sort_keys=True, allow_nan=False))
-    staged.add_file(PICTURE_NAME, picture)
-    card = model_card(
-        title=staged.out.name,
-        base_models=[model_name(path) for path in (base, *places.values())],
-        recipe=report.recipe,
-        kept={row.tensor: (row.kept, row.rows * row.cols) for row in report.linears},
-        license=None if source.directory is None else read_license(source.directory),
-    )
-    staged.add_file(CARD_NAME, card)
-    buffer = bytearray(BLOCK_BYTES)
-    inputs = {"base": input_record(source, tasks[0].sources.base.finish(buffer))}
+    source, buffer = tasks[0].sources.base, bytearray(BLOCK_BYTES)
+    records = {"base": input_record(source.checkpoint, source.finish(buffer))}
     for task in tasks:
-        inputs[task.name] = input_record(task.file.checkpoint, task.file.finish(buffer))
-    staged.add_file(
-        MANIFEST_NAME,
-        build_manifest(
-            inputs=inputs,
-            output=staged.record(),
-            recipe=report.recipe,
-            versions={"tailor_fast": __version__, **{name: version(name) for name in _VERSIONED}},
-        ),
+        records[task.name] = input_record(task.file.checkpoint, task.file.finish(buffer))
+    add_records(
+        staged,
+        report,
+        picture,
+        recipe=report.recipe,
+        places={"base": base, **{task.name: task.file.checkpoint.path for task in tasks}},
+        inputs=records,
+        side_files=source.checkpoint.side_files,
+        licensed=source.checkpoint,
+        extra={"tasks": {task.name: _facts(task) for task in tasks}},
     )
 
 

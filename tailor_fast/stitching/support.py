@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from tailor_fast.ops.select import kept_count, select_patch, topk_mask
-from tailor_fast.patching.masks import within_tensor
+from tailor_fast.ops.select import kept_count, topk_mask
+from tailor_fast.patching.masks import mask_within
 from tailor_fast.patching.recipe import Recipe
 
 Support = Literal["union", "best"]
@@ -49,20 +49,7 @@ class SupportSums:
             scores = fused_scores(base, tuned, column_weight, self._recipe)
             self._scores = scores if self._scores is None else torch.maximum(self._scores, scores)
             return
-        recipe = self._recipe
-        self.add_mask(
-            select_patch(
-                base,
-                tuned,
-                column_weight,
-                sensitivity=recipe.sensitivity,
-                density=recipe.density,
-                salience_weight=1.0 if column_weight is None else recipe.salience_weight,
-                normalize=recipe.normalize,
-                scope=within_tensor(recipe),
-                name=self._name,
-            )
-        )
+        self.add_mask(mask_within(self._recipe, base, tuned, column_weight, self._name))
 
     def add_mask(self, mask: torch.Tensor) -> None:
         """Add elements ``[rows, cols]`` to the union."""

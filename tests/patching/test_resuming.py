@@ -16,9 +16,10 @@ from tailor_fast._core.progress import Silent
 from tailor_fast.calibration import calibrate
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.checkpoint import REPORT_NAME, ResumeError, StagedCheckpoint
-from tailor_fast.patching import resuming
-from tailor_fast.patching.checkpoints import PICTURE_NAME, patch_checkpoint, plan_patch
+from tailor_fast.patching import records
+from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
 from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.records import PICTURE_NAME
 from tests.checkpoint.files import tree
 from tests.patching.disk import llama_pair, write_texts
 
@@ -170,7 +171,7 @@ def test_what_changed_is_refused(
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = llama_pair(tmp_path)
     stop(tmp_path / "out", base, tuned)
-    monkeypatch.setattr(resuming, "__version__", "99")
+    monkeypatch.setattr(records, "__version__", "99")
     with pytest.raises(ResumeError, match=r'versions.tailor_fast was ".*", is "99"'):
         patch_checkpoint(base, tuned, tmp_path / "out", options=OPTIONS)
 
