@@ -247,6 +247,20 @@ def test_inspect_shows_a_plain_file(tailor_fast: CommandLine, tmp_path: Path) ->
     assert any(line.split() == ["b", "BF16", "[5]", "x.safetensors"] for line in lines)
 
 
+@pytest.mark.parametrize(
+    "config", ["{}", "[" * 100_000, '{"architectures": "LlamaForCausalLM"}', "no JSON"]
+)
+def test_inspect_names_no_model_where_its_configuration_does_not(
+    config: str, tailor_fast: CommandLine, tmp_path: Path
+) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    ran = tailor_fast("inspect", tmp_path)
+    assert ran.code == 0
+    assert "model " not in ran.out
+    assert "F32 " in ran.out
+
+
 def test_inspect_shows_what_was_patched(tailor_fast: CommandLine, tmp_path: Path) -> None:
     ran = tailor_fast("inspect", make_output(tmp_path))
     assert ran.code == 0

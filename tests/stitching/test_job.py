@@ -131,6 +131,8 @@ def test_only_what_it_solved_differs_from_base_and_verify_finds_it_so(
     manifest = json.loads((out / "tailor_manifest.json").read_text())
     assert set(manifest["inputs"]) == {"base", "a", "b"}
     assert all(record["root"] for record in manifest["inputs"].values())
+    timed = {"tailor_report.json", "tailor_report.png"}  # two equal runs have one manifest
+    assert timed.isdisjoint(manifest["output"]["files"])
     assert "tuned-a" in (out / "README.md").read_text()
     assert (out / "tailor_report.png").stat().st_size > 1000
     assert (out / "tokenizer.json").read_bytes() == (made / "base/tokenizer.json").read_bytes()
