@@ -19,6 +19,7 @@ from benchmarks.quality.cells import Store, code_version
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.rows import ROWS
 from benchmarks.quality.runner import Plan, Runner
+from benchmarks.results import machine
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3)
 PLANS = {
@@ -73,7 +74,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(f"[{time.perf_counter() - began:7.1f} s] {line}", flush=True)
 
-    store = Store(arguments.work / "cells.csv", code_version())
+    store = Store(arguments.work / "cells.csv", code_version(), machine()["commit"])
     cells = Runner(arguments.work, store, say).run(plan)
     summary = report.summarise(cells)
     print(report.text(summary))

@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -18,6 +16,7 @@ from benchmarks.quality.evaluation import (
     tuned_linears,
 )
 from benchmarks.quality.families import Inputs
+from benchmarks.quality.memory import with_peak
 from benchmarks.quality.protocols import NEW_SAMPLES, OLD_SAMPLES_PER_TASK, Protocol
 from benchmarks.quality.scenes import Split
 from benchmarks.quality.tinyllava import Batch
@@ -74,12 +73,10 @@ class Bench:
         ]
         self._questions: dict[Split, dict[str, Batch]] = {}
 
-    @cached_property
     def input_norms(self) -> Mapping[str, torch.Tensor]:
         """Norms of the fine-tuned model's input columns on the new task, by weight."""
         return sensitivities.input_norms(self.tuned, self.family, self.new_batch, self.names)
 
-    @cached_property
     def fisher(self) -> Mapping[str, torch.Tensor]:
         """Empirical Fisher diagonal of the fine-tuned model on the new task, by weight."""
         return sensitivities.fisher(self.tuned, self.family, self.new_batch, self.names)
@@ -118,7 +115,7 @@ class Bench:
     def measure(self, make: Callable[[], State], split: Split) -> Result:
         """Make a model and measure it."""
         began = time.process_time()
-        state, peak = _with_peak(make)
+        state, peak = with_peak(make)
         seconds = time.process_time() - began
         base = self.states[0]
         return Result(
@@ -139,22 +136,3 @@ def _patch_bytes(base: torch.Tensor, other: torch.Tensor) -> int:
         return 0
     patch = encode_patch(base.contiguous(), other.contiguous())
     return sum(part.numel() * part.element_size() for part in patch)
-
-
-def _with_peak(make: Callable[[], State]) -> tuple[State, int]:
-    """Call ``make``; the peak counts from here on where Linux lets it be reset."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-    except OSError:
-        return make(), -1
-    state = make()
-    return state, max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

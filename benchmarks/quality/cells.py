@@ -1,18 +1,19 @@
 """Measured cells: one CSV line each, appended as they come, so that a run goes on where it ended.
 
 A cell is one model of one method: protocol, both seeds, row, density, setting and split. Its line
-also names the code and the checkpoints that it comes from; a line of other code is no answer.
+also names the checkpoints, the code of the methods and of their measurement, and the commit of the
+whole, library included, that it comes from. A line of other code is no answer; of another commit it
+is one.
 """
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import baselines, bench, evaluation, rows, sensitivities
+from benchmarks.quality import baselines, bench, evaluation, rows, sensitivities, sources
 from benchmarks.quality.bench import Result
 from benchmarks.quality.evaluation import Scores
 from benchmarks.quality.scenes import OLD_TASKS
@@ -45,7 +46,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Cell:
-    """One line: the key, then what was measured; accuracies in percent, ``changed`` 0 to 1."""
+    """One line: the key, then what was measured; accuracies in percent, ``changed`` 0 to 1.
+
+    ``commit`` is what ``git describe --always --dirty`` said then.
+    """
 
     key: Key
     scores: Scores
@@ -53,6 +57,7 @@ class Cell:
     patch_bytes: int
     cpu_seconds: float
     peak_bytes: int
+    commit: str
 
 
 KEY_COLUMNS = tuple(field.name for field in fields(Key))
@@ -64,6 +69,7 @@ COLUMNS = (
     "patch_bytes",
     "cpu_seconds",
     "peak_bytes",
+    "commit",
     "code",
 )
 
@@ -75,10 +81,7 @@ def setting_text(hyper: Mapping[str, Any]) -> str:
 
 def code_version() -> str:
     """Return a short digest of the sources that make and measure a cell."""
-    digest = hashlib.sha256()
-    for module in (baselines, sensitivities, bench, rows, evaluation):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:12]
+    return sources.digest((baselines, sensitivities, bench, rows, evaluation))[:12]
 
 
 def to_line(cell: Cell, code: str) -> dict[str, Any]:
@@ -91,6 +94,7 @@ def to_line(cell: Cell, code: str) -> dict[str, Any]:
         "patch_bytes": cell.patch_bytes,
         "cpu_seconds": f"{cell.cpu_seconds:.3f}",
         "peak_bytes": cell.peak_bytes,
+        "commit": cell.commit,
         "code": code,
     }
 
@@ -116,6 +120,7 @@ def from_line(line: Mapping[str, str]) -> Cell:
         int(line["patch_bytes"]),
         float(line["cpu_seconds"]),
         int(line["peak_bytes"]),
+        line["commit"],
     )
 
 
@@ -131,11 +136,13 @@ class Store:
     Args:
         path: the file; made when missing.
         code: digest of the code; lines of another one are passed over.
+        commit: of what measures now.
     """
 
-    def __init__(self, path: Path, code: str) -> None:
+    def __init__(self, path: Path, code: str, commit: str) -> None:
         self._path = path
         self._code = code
+        self._commit = commit
         self._cells: dict[Key, Cell] = {}
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +162,7 @@ class Store:
 
     def add(self, key: Key, result: Result) -> Cell:
         """Keep a cell, on disk at once."""
-        rounded = to_line(Cell(key, **vars(result)), self._code)
+        rounded = to_line(Cell(key, **vars(result), commit=self._commit), self._code)
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow(rounded)
         cell = from_line({name: str(value) for name, value in rounded.items()})

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
 
 from benchmarks.quality import tinyllava
-from benchmarks.quality.scenes import OLD_TASKS, Split, draw, write
+from benchmarks.quality.scenes import OLD_TASKS, Scenes, Split, draw, write
+from tailor_fast.evaluation import (
+    EvaluationTask,
+    GenerationOptions,
+    ModelScores,
+    evaluate_models,
+    table_rows,
+)
 
 TEST_SEED = 2024
 VALIDATION_SEED = 2025
@@ -34,13 +40,31 @@ class Scores:
     @property
     def old_mean(self) -> float:
         """Plain mean over the old tasks."""
-        return sum(self.old.values()) / len(self.old)
+        return self.figures()["old mean"]
 
     @property
     def h_mean(self) -> float:
         """Harmonic mean of ``old_mean`` and ``new``; 0 where both are 0."""
-        total = self.old_mean + self.new
-        return 2 * self.old_mean * self.new / total if total else 0.0
+        return self.figures()["H-mean"]
+
+    def figures(
+        self, base: "Scores | None" = None, tuned: "Scores | None" = None
+    ) -> dict[str, float]:
+        """Return the columns of ``tailor-fast evaluate``, in percent.
+
+        Args:
+            base: the scores that 100% kept of the old tasks means; None leaves the column out.
+            tuned: the same of the new task.
+        """
+        models = {"": self, "base": base, "tuned": tuned}
+        found = {
+            name: ModelScores(scores.old, {"new": scores.new})
+            for name, scores in models.items()
+            if scores is not None
+        }
+        ends = {name: name for name in ("base", "tuned") if name in found}
+        row = table_rows(found, **ends)[0]
+        return {name: value for name, value in row.items() if isinstance(value, float)}
 
 
 @torch.inference_mode()
@@ -83,10 +107,10 @@ def evaluate(
 
 
 def check_processor(folder: Path, tasks: Sequence[str], count: int = 4) -> list[str]:
-    """Ask ``count`` test prompts of each task through PNG files and ``AutoProcessor``.
+    """Let ``tailor-fast evaluate`` ask ``count`` test prompts of each task, through PNG files.
 
     Returns:
-        The decoded answers, task by task.
+        What the model said, task by task.
 
     Raises:
         RuntimeError: the tensors of ``encode`` lead to another answer than the files do.
@@ -97,23 +121,26 @@ def check_processor(folder: Path, tasks: Sequence[str], count: int = 4) -> list[
     for task in tasks:
         scenes = draw(task, "test", count, TEST_SEED)
         direct = tinyllava.encode([scenes])
-        with tempfile.TemporaryDirectory() as name:
-            data = Path(name) / "check.jsonl"
-            write([scenes], data)
-            lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-            images = [Image.open(data.parent / line["images"][0]) for line in lines]
-            inputs = processor(
-                text=[line["prompt"] for line in lines], images=images, return_tensors="pt"
-            )
-        generated = model.generate(**inputs, max_new_tokens=direct.answer_ids.shape[1])
-        said = processor.batch_decode(
-            generated[:, tinyllava.PROMPT_LENGTH :], skip_special_tokens=True
-        )
+        said = spoken(folder, task, scenes, direct.answer_ids.shape[1])
         expected = processor.batch_decode(answers(model, direct), skip_special_tokens=True)
         if said != expected:
             raise RuntimeError(f"{task}: the processor leads to {said}, tensors to {expected}")
         texts += said
     return texts
+
+
+def spoken(folder: Path, task: str, scenes: Scenes, longest: int) -> list[str]:
+    """Return what ``tailor-fast evaluate`` records for a checkpoint, scene by scene."""
+    with tempfile.TemporaryDirectory() as name:
+        data = Path(name) / "scenes.jsonl"
+        write([scenes], data)
+        options = GenerationOptions(batch_size=len(scenes), max_new_tokens=longest)
+        asked = [EvaluationTask(task, data, new=True)]
+        evaluate_models({"model": folder}, asked, Path(name) / "out", options=options)
+        path = Path(name) / "out" / "predictions" / f"model.{task}.jsonl"
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()[1:])
+        found = {line["sample"]: line["prediction"] for line in lines}
+    return [found[place] for place in range(len(scenes))]
 
 
 def tuned_linears(base: nn.Module, tuned: nn.Module) -> list[str]:

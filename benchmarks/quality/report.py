@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from benchmarks.quality.cells import COLUMNS, Cell, code_version, from_line, read, to_line
@@ -54,24 +53,27 @@ class Line:
     settings: tuple[str, ...]
 
 
+# Columns of ``tailor-fast evaluate`` by the names that they have here.
+_FIGURES = {
+    "old": "old mean",
+    "new": "new",
+    "h_mean": "H-mean",
+    "mean_of_tasks": "mean over tasks",
+    "mean_of_old_and_new": "mean of old and new",
+    "old_kept": "old kept",
+    "new_kept": "new kept",
+}
+
+
 def _values(cell: Cell, base: Cell | None, tuned: Cell | None) -> dict[str, float]:
-    scores = cell.scores
-    tasks = len(scores.old)
-    values = {
-        "old": scores.old_mean,
-        "new": scores.new,
-        "h_mean": scores.h_mean,
-        "mean_of_tasks": (tasks * scores.old_mean + scores.new) / (tasks + 1),
-        "mean_of_old_and_new": (scores.old_mean + scores.new) / 2,
+    found = cell.scores.figures(base and base.scores, tuned and tuned.scores)
+    return {
+        **{name: found[column] for name, column in _FIGURES.items() if column in found},
         "changed": 100 * cell.changed,
         "patch_bytes": float(cell.patch_bytes),
         "cpu_seconds": cell.cpu_seconds,
         "peak_bytes": float(cell.peak_bytes),
     }
-    if base is not None and tuned is not None:
-        values["old_kept"] = 100 * scores.old_mean / base.scores.old_mean
-        values["new_kept"] = 100 * scores.new / tuned.scores.new
-    return values
 
 
 def summarise(cells: Iterable[Cell]) -> list[Line]:
@@ -137,7 +139,7 @@ def text(lines: Sequence[Line]) -> str:
 
 def _remark(command: str) -> str:
     facts = machine() | {"transformers": transformers.__version__, "cells": code_version()}
-    facts |= {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
+    facts["date"] = datetime.now(UTC).date().isoformat()
     return f"# {command}; " + "; ".join(f"{name} {value}" for name, value in facts.items())
 
 

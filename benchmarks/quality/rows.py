@@ -85,7 +85,7 @@ def _della(bench: Bench, density: float, hyper: Hyper) -> State:
 def _wanda(bench: Bench, density: float, hyper: Hyper) -> State:
     base, tuned = bench.states
     scores = {
-        name: (tuned[name] - base[name]).abs() * norm for name, norm in bench.input_norms.items()
+        name: (tuned[name] - base[name]).abs() * norm for name, norm in bench.input_norms().items()
     }
     return baselines.keep_best(base, tuned, scores, density, per_row=True, **hyper)
 
@@ -93,7 +93,8 @@ def _wanda(bench: Bench, density: float, hyper: Hyper) -> State:
 def _fisher(bench: Bench, density: float, hyper: Hyper) -> State:
     base, tuned = bench.states
     scores = {
-        name: (tuned[name] - base[name]).square() * fisher for name, fisher in bench.fisher.items()
+        name: (tuned[name] - base[name]).square() * fisher
+        for name, fisher in bench.fisher().items()
     }
     return baselines.keep_best(base, tuned, scores, density, **hyper)
 

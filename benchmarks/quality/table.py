@@ -41,15 +41,11 @@ def values(row: Row, base: Scores, tuned: Scores) -> dict[str, str | float]:
         base: the scores that 100% kept of the old tasks means.
         tuned: the score that 100% kept of the new task means.
     """
-    scores = row.scores
+    figures = row.scores.figures(base, tuned)
     return {
         "model": row.name,
-        **scores.old,
-        "old mean": scores.old_mean,
-        "new": scores.new,
-        "old kept": 100 * scores.old_mean / base.old_mean,
-        "new kept": 100 * scores.new / tuned.new,
-        "H-mean": scores.h_mean,
+        **row.scores.old,
+        **{name: figures[name] for name in ("old mean", "new", "old kept", "new kept", "H-mean")},
         "changed": 100 * row.changed,
         "changed of all": 100 * row.changed_all,
         "seconds": row.seconds,

@@ -13,25 +13,24 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
-    LlamaConfig,
 )
 
-from benchmarks.quality.scenes import SIDE
-from benchmarks.quality.tinyllava import BOS, EOS, IMAGE, IMAGE_TOKENS, PAD, quiet
+from benchmarks.quality.tinyllava import (
+    BOS,
+    EOS,
+    IMAGE,
+    IMAGE_TOKENS,
+    INITIALIZER_RANGE,
+    PAD,
+    VISION,
+    quiet,
+    text_config,
+)
 
 _QUESTION_WORDS = 2
 
 
 def _config() -> InstructBlipConfig:
-    vision = InstructBlipVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=8,
-        initializer_range=0.05,
-    )
     qformer = InstructBlipQFormerConfig(
         vocab_size=64,
         hidden_size=96,
@@ -39,32 +38,20 @@ def _config() -> InstructBlipConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=64,
-        encoder_hidden_size=64,
+        encoder_hidden_size=VISION["hidden_size"],
         cross_attention_frequency=2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.05,
+        initializer_range=INITIALIZER_RANGE,
         pad_token_id=PAD,
-    )
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.05,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
     )
     return InstructBlipConfig(
-        vision_config=vision,
+        vision_config=InstructBlipVisionConfig(**VISION),
         qformer_config=qformer,
-        text_config=text,
+        text_config=text_config(width=96, layers=3),
         num_query_tokens=IMAGE_TOKENS,
         image_token_index=IMAGE,
-        initializer_range=0.05,
+        initializer_range=INITIALIZER_RANGE,
     )
 
 

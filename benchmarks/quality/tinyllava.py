@@ -6,7 +6,7 @@ read a large one. A scene of 16x16 pixels is four image tokens.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,17 @@ PROMPT_LENGTH = 1 + IMAGE_TOKENS + 2  # <bos>, the image, two words
 SHARD_BYTES = 600_000  # four shards and an index: the layout of a large checkpoint
 
 _PATCH = 8
+INITIALIZER_RANGE = 0.05
+# The vision tower of every kind of model here, whichever class reads it.
+VISION: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": _PATCH,
+    "initializer_range": INITIALIZER_RANGE,
+}
 _MEAN, _STD = 0.3, 0.37  # of the scenes' pixels, rounded
 
 
@@ -123,6 +134,27 @@ def new_processor() -> Any:
     )
 
 
+def text_config(width: int, layers: int) -> LlamaConfig:
+    """Return the language model's configuration, which every kind of model here shares.
+
+    Args:
+        width: hidden size, a multiple of 4.
+        layers: its blocks.
+    """
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=INITIALIZER_RANGE,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
 def new_model(seed: int, *, width: int = 96, layers: int = 4) -> Any:
     """Return an untrained ``LlavaForConditionalGeneration`` in float32.
 
@@ -132,30 +164,9 @@ def new_model(seed: int, *, width: int = 96, layers: int = 4) -> Any:
             parameters.
         layers: its blocks.
     """
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=_PATCH,
-        initializer_range=0.05,
-    )
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.05,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=text_config(width, layers),
         image_token_index=IMAGE,
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,

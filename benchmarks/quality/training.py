@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks.quality import families, scenes, tinyblip, tinyllava
+from benchmarks.quality import families, scenes, sources, tinyblip, tinyllava
 from benchmarks.quality.families import FAMILIES, Family
 
 Report = Callable[[str], None]
@@ -237,9 +238,9 @@ def _one_thread() -> Iterator[None]:
 
 def _fingerprint(made_of: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
-    for module in (scenes, tinyllava, tinyblip, families):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    digest.update(
+        sources.digest((scenes, tinyllava, tinyblip, families, sys.modules[__name__])).encode()
+    )
     digest.update(f"{torch.__version__} {transformers.__version__}".encode())
     return digest.hexdigest()
 

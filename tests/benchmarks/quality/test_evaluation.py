@@ -10,7 +10,9 @@ from torch import nn
 
 from benchmarks.quality import evaluation, scenes, tinyllava
 from benchmarks.quality.evaluation import Scores
+from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.training import Pair
+from tailor_fast.evaluation import EvaluationTask, GenerationOptions, evaluate_models
 
 
 class Parrot:
@@ -51,6 +53,46 @@ def test_means() -> None:
     assert scores.old_mean == 80
     assert scores.h_mean == pytest.approx(2 * 80 * 40 / 120)
     assert Scores({"what": 0.0}, new=0.0).h_mean == 0
+    base, tuned = Scores({"what": 100.0, "list": 60.0}, 0.0), Scores({"what": 0.0}, 50.0)
+    assert scores.figures(base, tuned) == {
+        "what": 90.0,
+        "list": 70.0,
+        "old mean": 80.0,
+        "new": 40.0,
+        "new mean": 40.0,
+        "old kept": 100.0,
+        "new kept": 80.0,
+        "H-mean": scores.h_mean,
+        "mean over tasks": pytest.approx(200 / 3),
+        "mean of old and new": 60.0,
+    }
+    assert "old kept" not in scores.figures(tuned=tuned)
+
+
+def test_tailor_fast_evaluate_gives_the_accuracies_of_the_harness(
+    pair: Pair, tmp_path: Path
+) -> None:
+    tasks = {"what": False, "parity": False, "next": True}
+    asked = []
+    for task, new in tasks.items():
+        path = tmp_path / task / "scenes.jsonl"
+        path.parent.mkdir()
+        scenes.write([scenes.draw(task, "test", 60, evaluation.TEST_SEED)], path)
+        asked.append(EvaluationTask(task, path, new=new))
+    folders = {"base": pair.base.folder, "tuned": pair.tuned.folder}
+    found = evaluate_models(
+        folders, asked, tmp_path / "out", options=GenerationOptions(batch_size=60)
+    )
+    for name, folder in folders.items():
+        model = tinyllava.load(folder)
+        expected = evaluation.evaluate(model, "next", old_tasks=["what", "parity"], count=60)
+        assert found[name].old == pytest.approx(expected.old)
+        assert found[name].new["next"] == pytest.approx(expected.new)
+        for task in tasks:
+            batch = tinyllava.encode([scenes.draw(task, "test", 60, evaluation.TEST_SEED)])
+            right = FAMILIES["llava"].right(model, batch).double().mean().item()
+            said = {**found[name].old, **found[name].new}[task]
+            assert 100 * right == pytest.approx(said)
 
 
 def test_validation_asks_other_questions_than_test(pair: Pair) -> None:

@@ -61,6 +61,21 @@ def test_the_qformer_reads_the_question() -> None:
     assert [" ".join(row) for row in words] == scenes.draw("what", "test", 12, 0).prompts
 
 
+def test_every_kind_of_model_has_one_vision_tower_and_one_kind_of_decoder() -> None:
+    """What the kinds share is made in one place; sizes as the pages about them say."""
+    configs = {name: family.new_model(seed=1).config for name, family in FAMILIES.items()}
+    for config in configs.values():
+        vision = config.vision_config
+        assert (vision.hidden_size, vision.num_hidden_layers, vision.patch_size) == (64, 2, 8)
+        assert config.text_config.vocab_size == 64
+        assert config.text_config.intermediate_size == 2 * config.text_config.hidden_size
+    sizes = {
+        name: (config.text_config.hidden_size, config.text_config.num_hidden_layers)
+        for name, config in configs.items()
+    }
+    assert sizes == {"llava": (96, 4), "llava-wide": (128, 6), "instructblip": (96, 3)}
+
+
 def test_queries_start_apart(tmp_path: Path) -> None:
     model = tinyblip.new_model(seed=1)
     assert torch.cdist(model.query_tokens[0], model.query_tokens[0]).add(torch.eye(4)).min() > 0.5

@@ -20,7 +20,7 @@ OLD = ("what", "parity", "larger", "list", "exists")
 def cell(row: str, old: float, new: float, *, seed: int = 0, density: float = 1.0) -> Cell:
     key = Key("hard-next", 0, seed, row, density, '{"a": 1}', "test", "abc")
     scores = Scores(dict.fromkeys(OLD, old), new)
-    return Cell(key, scores, 0.1, 4000, 0.5, 1 << 20)
+    return Cell(key, scores, 0.1, 4000, 0.5, 1 << 20, "c0ffee")
 
 
 ANCHORS = [
@@ -52,7 +52,7 @@ def plan(quick: str) -> Plan:
 def test_a_run_measures_chooses_and_goes_on(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path / "cells.csv", "code")
+    store = Store(tmp_path / "cells.csv", "code", "c0ffee")
     said: list[str] = []
     cells = Runner(tmp_path, store, said.append).run(plan)
     found = {cell.key.row: cell for cell in cells}
@@ -64,6 +64,8 @@ def test_a_run_measures_chooses_and_goes_on(
         assert found[row].changed == pytest.approx(0.1, abs=0.01)
         assert found[row].key.density == 0.1
     assert found["default-retain"].scores.new > 50 > 20 > found["base"].scores.new
+    assert found["obs"].peak_bytes > found["obs"].patch_bytes
+    assert {cell.commit for cell in cells} == {"c0ffee"}
     validated = [c for c in store.cells() if c.key.row == "wise-ft" and c.key.split == "validation"]
     best = max(validated, key=lambda cell: cell.scores.h_mean)
     assert len(validated) == len(ROWS["wise-ft"].grid)
@@ -71,24 +73,24 @@ def test_a_run_measures_chooses_and_goes_on(
 
     monkeypatch.setattr(runner, "Bench", None)  # nothing is left to measure
     before = (tmp_path / "cells.csv").read_bytes()
-    again = Runner(tmp_path, Store(tmp_path / "cells.csv", "code"), said.append).run(plan)
+    again = Runner(tmp_path, Store(tmp_path / "cells.csv", "code", "c0ffee"), said.append).run(plan)
     assert again == cells
     assert (tmp_path / "cells.csv").read_bytes() == before
 
 
 def test_cells_of_other_code_and_broken_lines_are_no_answer(tmp_path: Path) -> None:
     path = tmp_path / "cells.csv"
-    store = Store(path, "one")
+    store = Store(path, "one", "c0ffee")
     measured = ANCHORS[1]
     result = bench.Result(measured.scores, 0.1, 4000, 0.5, 1 << 20)
     assert store.add(measured.key, result) == measured
-    assert Store(path, "one").get(measured.key) == measured
-    assert Store(path, "two").get(measured.key) is None
+    assert Store(path, "one", "c0ffee").get(measured.key) == measured
+    assert Store(path, "two", "c0ffee").get(measured.key) is None
     with path.open("a") as file:
         file.write("hard-next,0,0,ba")
-    store = Store(path, "one")
+    store = Store(path, "one", "c0ffee")
     store.add(ANCHORS[0].key, result)
-    again = Store(path, "one")
+    again = Store(path, "one", "c0ffee")
     assert again.get(measured.key) == measured
     assert again.get(ANCHORS[0].key) is not None
     assert len(again.cells()) == 2
