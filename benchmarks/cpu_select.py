@@ -106,7 +106,7 @@ def describe() -> dict[str, object]:
         "tailor_fast": __version__,
         "torch": torch.__version__,
         "machine": cpu,
-        "instructions": _C.select_instruction_sets()[-1],
+        "instructions": _C.instruction_sets()[-1],
         "threads": torch.get_num_threads(),
     }
 

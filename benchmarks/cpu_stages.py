@@ -1,26 +1,68 @@
 """Where the time of a calibrated patch goes: ``python -m benchmarks.cpu_stages DIR``.
 
-A pair with blocks of TinyLlama's shape (1.1 billion parameters in 22 of them) is patched on 16384
-tokens, ``exact`` and asymmetric, by one thread. Each block costs the same, so that some of them say
-what all would take. Makes the models in DIR and removes them.
+A pair of TinyLlama's shape (1.1 billion parameters in 22 blocks) is patched on 16384 tokens,
+``exact`` and asymmetric, under a memory limit. Each block costs the same, so that some of them say
+what all would take. Beside the seconds that pass stand those of the CPU, all threads together: a
+machine that is shared, or a program that is stopped meanwhile, moves the first alone. Makes the
+models in DIR and removes them.
 """
 
 import argparse
 import dataclasses
-import json
-import os
+import resource
 import shutil
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from unittest.mock import patch
 
 from benchmarks.pairs import SHAPES, write_pair
 from benchmarks.results import CPU, Figure, write
 from benchmarks.texts import write_texts, write_tokenizer
+from tailor_fast import Recipe, RunOptions, patch_checkpoint
+from tailor_fast.patching.report import Report
 
 SAMPLES, LENGTH = 128, 128
+MAX_RAM = 3 << 30
+_KIB = 1 << 10
+_GIB = 1 << 30
+
+
+@contextmanager
+def cpu_seconds() -> Iterator[dict[str, float]]:
+    """Collect the CPU seconds of each stage that reports time."""
+    spent: dict[str, float] = {}
+    original = Report.timed
+
+    @contextmanager
+    def timed(self: Report, stage: str) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            with original(self, stage):
+                yield
+        finally:
+            spent[stage] = spent.get(stage, 0.0) + time.process_time() - start
+
+    with patch.object(Report, "timed", timed):
+        start = time.process_time()
+        yield spent
+        spent["total"] = time.process_time() - start
+
+
+def peak_bytes() -> int:
+    """The most that was ever resident of this process, the loaded program included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
+
+
+def check(report: Report) -> None:
+    """Refuse figures of a run that is not what it should be."""
+    for row in report.linears:
+        losses = [x for x in (row.loss, row.loss_undecorated, row.loss_reverted) if x is not None]
+        if len(losses) < 3 or losses != sorted(losses):
+            raise SystemExit(f"{row.name}: the patch is worse than the bare mask")
+        if row.tokens != SAMPLES * LENGTH:
+            raise SystemExit(f"{row.name}: {row.tokens} tokens were counted")
 
 
 def main() -> None:
@@ -36,32 +78,28 @@ def main() -> None:
         base, tuned = write_pair(folder, shape)
         write_tokenizer(tuned)
         data = write_texts(folder / "new.jsonl", SAMPLES, LENGTH)
-        out = folder / "out"
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "tailor_fast", "patch", base, tuned, "-o", out),
-                *("--calibration", data, "--device", "cpu", "--quiet", "--resume", "never"),
-            ],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        report = json.loads((out / "tailor_report.json").read_text())
+        loaded = peak_bytes()
+        options = RunOptions(max_ram=MAX_RAM, resume="never")
+        with cpu_seconds() as cpu:
+            report = patch_checkpoint(
+                base, tuned, folder / "out", Recipe(), calibration=data, options=options
+            )
     finally:
         shutil.rmtree(folder)
-    for row in report["linears"]:
-        if not row["loss"] <= row["loss_undecorated"] <= row["loss_reverted"]:
-            raise SystemExit(f"{row['name']}: the patch is worse than the bare mask")
-        if row["tokens"] != SAMPLES * LENGTH:
-            raise SystemExit(f"{row['name']}: {row['tokens']} tokens were counted")
-    torch.set_num_threads(1)  # as the program ran
-    work = f"{given.blocks} of 22 blocks, {SAMPLES * LENGTH} tokens"
-    seconds = report["seconds"]
+    check(report)
+    work = f"{given.blocks} of {SHAPES['1.1B'].layers} blocks, {SAMPLES * LENGTH} tokens"
+    wall = report.seconds
+    memory = {"max_ram": MAX_RAM, "loaded": loaded, "peak": peak_bytes()}
     write(
         CPU / "stages.csv",
         [
-            Figure(stage, work, "exact", spent, spent / seconds["total"], float("nan"))
-            for stage, spent in seconds.items()
+            Figure(stage, work, "exact", spent, spent / wall["total"], float("nan"))
+            for stage, spent in wall.items()
         ],
+        {
+            "cpu_seconds": [cpu[stage] for stage in wall],
+            **{f"{name}_gib": [size / _GIB] * len(wall) for name, size in memory.items()},
+        },
     )
 
 

@@ -5,7 +5,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -66,15 +66,18 @@ def machine() -> dict[str, str]:
     }
 
 
-def write(path: Path, figures: list[Figure]) -> None:
-    """Write a table, replacing the one before, and print it."""
-    facts = machine()
+def write(
+    path: Path, figures: list[Figure], more: Mapping[str, Sequence[float]] | None = None
+) -> None:
+    """Write a table, replacing the one before, and print it; ``more`` are further columns."""
+    facts, further = machine(), dict(more or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow([*facts, *Figure._fields])
-        for figure in figures:
-            numbers = (f"{value:.4g}" for value in figure[3:])
+        table.writerow([*facts, *Figure._fields, *further])
+        for row, figure in enumerate(figures):
+            rest = (column[row] for column in further.values())
+            numbers = (f"{value:.4g}" for value in (*figure[3:], *rest))
             table.writerow([*facts.values(), *figure[:3], *numbers])
             print(f"{figure.work:24} {figure.shape:28} {figure.provider:10}", end="")
             print(f" {figure.seconds:8.4f} s  {figure.ratio:6.2f}x  floor {figure.floor:.2f}")

@@ -12,7 +12,7 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("openmp") = false;
 #endif
-  // Of `decorate`, `gemm` and `gram`; `select` is told which with every call.
+  // Of `decorate`, `gemm`, `gram` and `select`.
   module.def("instruction_sets", &tailor_fast::instruction_sets);
   module.def("made_by_intel", &tailor_fast::made_by_intel);
   module.def("use_instruction_set", &tailor_fast::use_instruction_set, pybind11::arg("name"));

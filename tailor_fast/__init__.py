@@ -13,7 +13,7 @@ from tailor_fast._version import __version__
 
 if TYPE_CHECKING:
     from tailor_fast._core.distributed import join_processes
-    from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate
+    from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate, save_batches
     from tailor_fast.ops import backends
     from tailor_fast.patchfile import Patch
     from tailor_fast.patching import (
@@ -41,6 +41,7 @@ _HOMES = {
     "join_processes": "_core.distributed",
     "patch_checkpoint": "patching",
     "plan_patch": "patching",
+    "save_batches": "calibration",
     "stitch_checkpoints": "stitching",
     "tailor_model": "patching",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "join_processes",
     "patch_checkpoint",
     "plan_patch",
+    "save_batches",
     "stitch_checkpoints",
     "tailor_model",
 ]

@@ -1,11 +1,13 @@
 """Backends that a test runs on: one that cannot run here is skipped, with its reason.
 
-``gram`` and ``decorate`` have their C++ kernels once per instruction set, and take products of
-matrices from the extension or from torch. Tests of these ops run on each set that the machine has,
-with the extension's products, and on the last one with torch's, whatever this CPU would be given.
+``select``, ``gram`` and ``decorate`` have their C++ kernels once per instruction set, and tests run
+on each set that the machine has. The last two take products of matrices from the extension or from
+torch: theirs run on each set with the extension's products, and on the last one with torch's,
+whatever this CPU would be given.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
@@ -26,6 +28,16 @@ KERNELS = [*INSTRUCTION_SETS, "torch"] if INSTRUCTION_SETS else []
 NATIVES = [f"native {name}" for name in KERNELS] or [NATIVE]
 
 
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """The kernels of one instruction set, for all ops, until the block ends."""
+    extension().use_instruction_set(name)
+    try:
+        yield
+    finally:
+        extension().use_instruction_set(INSTRUCTION_SETS[-1])
+
+
 def on_kernels(name: str) -> Iterator[str]:
     """Body of a fixture: the kernels of ``gemm``, ``gram`` and ``decorate``.
 
@@ -33,11 +45,10 @@ def on_kernels(name: str) -> Iterator[str]:
         name: an instruction set, or ``torch``: the last set, and products from torch.
     """
     gemm = import_module("tailor_fast.ops.gemm")
-    with pytest.MonkeyPatch.context() as patch:
+    isa = INSTRUCTION_SETS[-1] if name == "torch" else name
+    with pytest.MonkeyPatch.context() as patch, instruction_set(isa):
         patch.setattr(gemm, "has_kernels", lambda: name != "torch")
-        extension().use_instruction_set(INSTRUCTION_SETS[-1] if name == "torch" else name)
         yield name
-        extension().use_instruction_set(INSTRUCTION_SETS[-1])
 
 
 def preferring(op: str, backend: str) -> Iterator[str]:

@@ -33,6 +33,7 @@ PUBLIC = [
     "join_processes",
     "patch_checkpoint",
     "plan_patch",
+    "save_batches",
     "stitch_checkpoints",
     "tailor_model",
 ]

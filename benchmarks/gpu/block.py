@@ -20,7 +20,7 @@ from benchmarks.gpu.plan import DENSITY, PERCDAMP, Linear
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.table import Row
 from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, decorate_official
-from tailor_fast.ops.select import select_patch
+from tailor_fast.ops.select import select_patch, select_patches
 from tailor_fast.testing import assert_within
 from tests.ops.decorate.problems import sweep
 
@@ -148,17 +148,12 @@ class Block:
         """The seven masks of the default recipe; score vectors given."""
         run = self._run
 
+        layers = [layer for _, layer in self._layers()]
+        bases, tuneds = ([getattr(la, side) for la in layers] for side in ("base", "tuned"))
+        weights = [stack.column_weight for stack, _ in self._layers()]
+
         def masks() -> list[torch.Tensor]:
-            return [
-                select_patch(
-                    layer.base,
-                    layer.tuned,
-                    stack.column_weight,
-                    density=DENSITY,
-                    backend=run.backend,
-                )
-                for stack, layer in self._layers()
-            ]
+            return select_patches(bases, tuneds, weights, density=DENSITY, backend=run.backend)
 
         for ours, (_, layer) in zip(masks(), self._layers(), strict=True):
             require(torch.equal(ours, layer.mask), f"{layer.linear.name}: not plain torch's mask")

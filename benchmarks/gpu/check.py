@@ -35,6 +35,7 @@ HELD: dict[str, tuple[Hold, list[holding.Shape], tuple[torch.dtype, ...]]] = {
     "accumulate_cross_gram_": (holding.hold_cross_gram, MATRICES, FLOATS),
     "accumulate_gram_diag_": (holding.hold_gram_diag, MATRICES, FLOATS),
     "select_patch": (holding.hold_select_patch, PAIRS, FLOATS),
+    "select_patches": (holding.hold_select_patches, PAIRS, FLOATS),
     "topk_mask": (holding.hold_topk_mask, PAIRS, FLOATS),
     "TopKSelector": (holding.hold_selector, PAIRS, FLOATS),
     "decorate_exact": (holding.hold_exact, LAYERS, FLOATS),

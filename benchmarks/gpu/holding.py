@@ -5,6 +5,7 @@ bits, so there the plain torch backend on the same device and the CPU's must giv
 Outputs are poisoned: what a kernel leaves unwritten, or reads though it must not, is NaN.
 """
 
+from collections.abc import Iterator
 from typing import cast, get_args
 
 import torch
@@ -21,7 +22,13 @@ from tailor_fast.ops.decorate import (
     decorate_official,
 )
 from tailor_fast.ops.gram import accumulate_cross_gram_, accumulate_gram_, accumulate_gram_diag_
-from tailor_fast.ops.select import TopKSelector, kept_count, select_patch, topk_mask
+from tailor_fast.ops.select import (
+    TopKSelector,
+    kept_count,
+    select_patch,
+    select_patches,
+    topk_mask,
+)
 from tailor_fast.ops.select.options import Normalize, Scope, Sensitivity
 from tailor_fast.testing import assert_within
 from tests.ops.codec.words import random_pair, raw
@@ -137,6 +144,24 @@ def hold_select_patch(run: Run, shape: Shape, dtype: torch.dtype, index: int) ->
     return f"{sensitivity}, {normalize}, {scope}, omega {omega}"
 
 
+def hold_select_patches(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:
+    """``select_patches`` of tensors of several sizes, each beside its own ``select_patch``."""
+    rows, cols = shape
+    shapes = [shape, (300, 512), (rows, cols), (1, cols), (515, 256)]
+    triples = [weights(run, one, dtype, index + key) for key, one in enumerate(shapes)]
+    normalize, scope = NORMALIZATIONS[index % len(NORMALIZATIONS)], SCOPES[index % len(SCOPES)]
+    ours = select_patches(
+        *map(list, zip(*triples, strict=True)),
+        normalize=normalize,
+        scope=scope,
+        backend=run.backend,
+    )
+    for mask, triple in zip(ours, triples, strict=True):
+        one = select_patch(*triple, normalize=normalize, scope=scope, backend="reference")
+        require(torch.equal(mask, one), "not the plain torch mask")
+    return f"{len(ours)} tensors, {normalize}, {scope}"
+
+
 def hold_topk_mask(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:
     """``topk_mask`` with many ties, both zeros and infinities."""
     scores = run.normal(*shape, generator=run.generator(*shape, index))
@@ -216,16 +241,29 @@ def hold_obs(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:
     layer, base = problem(run, shape, index)
     hessian = damped(layer.gram, layer.damping(PERCDAMP))
     nothing = torch.zeros_like(layer.delta)
-    wide, plain = (
-        sweep(layer.delta, nothing, ~layer.mask, hessian.to(kind), sign=-1)[0]
-        for kind in (torch.float64, torch.float32)
+    wide, *plain = (
+        sweep(layer.delta, nothing, ~layer.mask, matrix, sign=-1)[0]
+        for matrix in (hessian.double(), *_last_places(hessian.float()))
     )
+    worst = max(plain, key=lambda found: (found.double() - wide).abs().max().item())
     on_device = [tensor.to(run.device) for tensor in layer]
     patch = decorate_obs(*on_device, percdamp=PERCDAMP, backend=run.backend).patch.cpu()
     require(not bool(patch[~layer.mask].any()), "not zero outside the mask")
-    assert_within(patch, wide, plain)
+    assert_within(patch, wide, worst)
     _hold_in_place(run, base, layer, dtype, exact=False)
     return ""
+
+
+def _last_places(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A symmetric matrix, and it with its last places changed: no stable method tells them apart.
+
+    One sweep of a small layer is now and then exact by chance, which no other order of sums is.
+    """
+    yield matrix
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        up = torch.randint(-1, 2, matrix.shape, generator=generator).triu()
+        yield matrix * (1 + torch.finfo(torch.float32).eps * (up + up.triu(1).T))
 
 
 def _hold_in_place(

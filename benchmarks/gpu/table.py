@@ -97,6 +97,8 @@ class Table:
         values = [_text(getattr(row, name)) for name in COLUMNS]
         timed = self._query and not math.isnan(row.seconds)
         clocks = _query("clocks.sm,clocks.mem") if timed else ["", ""]
+        if timed and not any(clocks):
+            self._query = False  # no such tool, or one that hangs: it is not asked again
         self._writer.writerow([*self._facts.values(), *clocks, *values])
         self._file.flush()
         self.errors += bool(row.error)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.quality import picture, report, sequence, stitching, stitching_rows
+from benchmarks.quality import goals, picture, report, sequence, stitching
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.report import Line, Spread
 from benchmarks.quality.rows import ROWS
@@ -58,10 +58,13 @@ STITCHED = {
     "patches-sum-retain": "sum of two patches, old data",
     "surrogate": "surrogate: joint solve of two patches",
     "surrogate-retain": "surrogate, old data",
+    "surrogate-refit-retain": "surrogate, old data, refitted mask",
     "joint-union": "**joint solve, union**",
     "joint-best": "joint solve, best",
-    "joint-union-retain": "**joint solve, union, old data**",
-    "joint-best-retain": "joint solve, best, old data",
+    "joint-union-retain": "joint solve, union, old data, mask by score",
+    "joint-best-retain": "joint solve, best, old data, mask by score",
+    "refit-union-retain": "**joint solve, union, old data, refitted mask**",
+    "refit-best-retain": "joint solve, best, old data, refitted mask",
 }
 
 
@@ -77,17 +80,22 @@ def _text(spread: Spread) -> str:
     return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
 
 
+def _text_of_one(spread: Spread) -> str:
+    return f"{spread.mean:.1f}"  # one value has no deviation
+
+
 def _mean(name: str, scale: float, digits: int) -> Callable[[Line], str]:
     return lambda line: f"{line.spreads[name].mean / scale:.{digits}f}"
 
 
 def _peak(line: Line) -> str:
     peak = line.spreads["peak_bytes"].mean
-    return "" if peak < 0 else f"{peak / 2**20:.0f}"
+    return "" if peak < 0 else f"{peak / 2**20:.1f}"
 
 
 COLUMNS: Mapping[str, Callable[[Line], str]] = {
     "method": lambda line: NAMES[line.row],
+    "pairs": lambda line: str(line.count),
     "old tasks": _spread("old"),
     "new task": _spread("new"),
     "old kept": _spread("old_kept"),
@@ -145,7 +153,7 @@ def _section(protocol: str, lines: Sequence[Line]) -> str:
             f"### {chosen.title}",
             f"`{protocol}`: fine-tuned on `{tuned.task}` for {tuned.steps} steps at"
             f" {tuned.learning_rate:g}, the last {tuned.layers} layers and the projection; {pairs}"
-            " pairs of models.",
+            " pairs of models at most, *pairs* says how many each row has.",
             table(main),
             f"![Old tasks against the new one](pictures/quality-{protocol}.png)",
             densities(lines),
@@ -185,34 +193,43 @@ def _sequence(path: Path) -> str:
     )
 
 
-def _stitching(path: Path) -> str:
-    lines = stitching.load(path)
-    seeds = {line.seed for line in lines}
+def _stitching(folder: Path) -> str:
+    lines = stitching.load(folder / stitching.OUT["two"].name)
+    seeds = str(len({line.seed for line in lines}))
+    told = (Path(__file__).with_name("stitching.template.md")).read_text(encoding="utf-8")
+    return told.strip().replace("{seeds}", seeds).replace("{table}", _stitched(lines))
+
+
+def _stitched(lines: Sequence[stitching.Line]) -> str:
+    """Return one row a method; where it has fewer seeds than the base model, it says so."""
     columns = {
         "old tasks": "old",
         "old kept": "kept",
-        **{f"`{task}`": task for task in stitching_rows.TASKS},
+        **{f"`{task}`": task for task in stitching.new_tasks(lines[0].scores)},
         "mean of new": "new",
         "mean of tasks": "mean",
         "changed, %": "changed",
     }
     head = ["method", *columns, "at 0.05: mean of tasks", "chosen for H-mean: H-mean"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    seeds = {name: len({line.seed for line in lines if line.row == name}) for name in STITCHED}
     for name, words in STITCHED.items():
+        if not seeds[name]:
+            continue
+        few = f" ({seeds[name]} of {seeds['base']} seeds)" if seeds[name] < seeds["base"] else ""
+        text = _text if seeds[name] > 1 else _text_of_one
         held = stitching.spreads(lines, name, 0.0, "held")
         sparse = stitching.spreads(lines, name, 0.05, "held")
         harmonic = stitching.spreads(lines, name, 0.0, "h_mean")["h_mean"]
         rows.append(
             [
-                words,
-                *(_text(held[figure]) for figure in columns.values()),
-                _text(sparse["mean"]) if sparse else "",
-                _text(harmonic),
+                words + few,
+                *(text(held[figure]) for figure in columns.values()),
+                text(sparse["mean"]) if sparse else "",
+                text(harmonic),
             ]
         )
-    told = (Path(__file__).with_name("stitching.template.md")).read_text(encoding="utf-8")
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return told.strip().replace("{seeds}", str(len(seeds))).replace("{table}", table)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def render(folder: Path = RESULTS) -> str:
@@ -224,10 +241,11 @@ def render(folder: Path = RESULTS) -> str:
     ]
     if (folder / sequence.OUT.name).exists():
         sections.append(_sequence(folder / sequence.OUT.name))
-    if (folder / stitching.OUT.name).exists():
-        sections.append(_stitching(folder / stitching.OUT.name))
+    if (folder / stitching.OUT["two"].name).exists():
+        sections.append(_stitching(folder))
     template = Path(__file__).with_name("page.template.md").read_text(encoding="utf-8")
-    return template.replace("{sections}", "\n\n".join(sections))
+    told = template.replace("{sections}", "\n\n".join(sections))
+    return told.replace("{goals}", goals.table(lines))
 
 
 def main() -> None:

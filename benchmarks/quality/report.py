@@ -66,7 +66,8 @@ _FIGURES = {
 
 
 def _values(cell: Cell, base: Cell | None, tuned: Cell | None) -> dict[str, float]:
-    found = cell.scores.figures(base and base.scores, tuned and tuned.scores)
+    ends = (None if end is None else end.scores for end in (base, tuned))
+    found = cell.scores.figures(*ends)
     return {
         **{name: found[column] for name, column in _FIGURES.items() if column in found},
         "changed": 100 * cell.changed,

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.quality.stitching``: two fine-tunes of one base in one model.
+"""``python -m benchmarks.quality.stitching``: two or four fine-tunes of one base in one model.
 
-The LLaVA of the hard protocols and its two fine-tunes, merged by published rules and by the joint
+The LLaVA of the hard protocols and its fine-tunes, merged by published rules and by the joint
 solve. Every method chooses its setting on validation scenes; test scenes see the chosen one.
 """
 
@@ -11,23 +11,26 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.report import Spread
 from benchmarks.quality.scenes import OLD_TASKS
-from benchmarks.quality.stitching_rows import DENSITIES, PAIR, ROWS, TASKS, Bench, Row
+from benchmarks.quality.stitching_rows import DENSITIES, GROUPS, ROWS, Bench, Row
 from benchmarks.quality.training import Report
 from benchmarks.results import ROOT, machine
 
 Choice = Literal["h_mean", "held"]
 Scores = Mapping[str, float]
 
-OUT = ROOT / "results" / "quality" / "stitching.csv"
+OUT = {
+    "two": ROOT / "results" / "quality" / "stitching.csv",
+    "four": ROOT / "results" / "quality" / "stitching-four.csv",
+}
 HELD = 0.97  # of the base model's accuracy on old tasks
 _LINE = ("row", "density", "choice", "seed", "setting", "changed")
 
@@ -54,6 +57,11 @@ class Line(NamedTuple):
     scores: Scores
 
 
+def new_tasks(scores: Iterable[str]) -> list[str]:
+    """Those of the tasks that the base model does not know."""
+    return [task for task in scores if task not in OLD_TASKS]
+
+
 def figures(scores: Scores, base: Scores) -> dict[str, float]:
     """Means in percent: old and new tasks, all of them, old ones kept, and the harmonic mean.
 
@@ -61,10 +69,11 @@ def figures(scores: Scores, base: Scores) -> dict[str, float]:
     """
     known = statistics.fmean(base[task] for task in OLD_TASKS)
     old = statistics.fmean(scores[task] for task in OLD_TASKS)
-    new = statistics.fmean(scores[task] for task in TASKS)
+    tasks = new_tasks(scores)
+    new = statistics.fmean(scores[task] for task in tasks)
     return {
         "old": old,
-        **{task: scores[task] for task in TASKS},
+        **{task: scores[task] for task in tasks},
         "new": new,
         "kept": 100 * old / known if known else 0.0,
         "mean": statistics.fmean(scores.values()),
@@ -111,17 +120,22 @@ def measure(bench: Bench, rows: Mapping[str, Row], seed: int, report: Report) ->
 
 
 def run(
-    work: Path, seeds: Sequence[int], rows: Sequence[str], report: Report = print
-) -> list[Line]:
-    """Train what is missing under ``work``, and measure the rows of these names for every seed."""
-    lines = []
-    for seed in seeds:
-        made = [PROTOCOLS[name].make(work, 0, seed, report) for name in PAIR]
-        tuned = {task: pair[1] for task, pair in zip(TASKS, made, strict=True)}
-        with tempfile.TemporaryDirectory(dir=work, prefix="stitching-") as folder:
-            bench = Bench(made[0][0], tuned, seed, Path(folder))
-            lines += list(measure(bench, {name: ROWS[name] for name in rows}, seed, report))
-    return lines
+    work: Path, group: str, seed: int, rows: Sequence[str], report: Report = print
+) -> Iterator[Line]:
+    """Train what is missing under ``work``, and measure the rows of these names for one seed.
+
+    A row of a fine-tune that does not belong to the group is left out.
+    """
+    made = {one.finetuning.task: one.make(work, 0, seed, report) for one in GROUPS[group]}
+    tuned = {task: pair[1] for task, pair in made.items()}
+    names = [
+        name
+        for name in rows
+        if not name.startswith("tuned-") or name.removeprefix("tuned-") in made
+    ]
+    with tempfile.TemporaryDirectory(dir=work, prefix="stitching-") as folder:
+        bench = Bench(next(iter(made.values()))[0], tuned, seed, Path(folder))
+        yield from measure(bench, {name: ROWS[name] for name in names}, seed, report)
 
 
 def save(lines: Sequence[Line], path: Path, command: str) -> None:
@@ -139,10 +153,10 @@ def save(lines: Sequence[Line], path: Path, command: str) -> None:
             for text in earlier
             if text.startswith("#") and text.partition(";")[0] != f"# {command}"
         ] + remarks
-    order, tasks = list(ROWS), (*OLD_TASKS, *TASKS)
+    order, tasks = list(ROWS), list(lines[0].scores)
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"{remark}\n" for remark in remarks)
-        table = csv.writer(file)
+        table = csv.writer(file, lineterminator="\n")
         table.writerow([*_LINE, *tasks])
         for line in sorted(lines, key=lambda one: (order.index(one.row), *one[1:4])):
             scores = [f"{line.scores[task]:.2f}" for task in tasks]
@@ -152,6 +166,8 @@ def save(lines: Sequence[Line], path: Path, command: str) -> None:
 def load(path: Path) -> list[Line]:
     """Read them back."""
     with path.open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(text for text in file if not text.startswith("#"))
+        tasks = [name for name in table.fieldnames or () if name not in _LINE]
         return [
             Line(
                 line["row"],
@@ -160,9 +176,9 @@ def load(path: Path) -> list[Line]:
                 int(line["seed"]),
                 line["setting"],
                 float(line["changed"]),
-                {task: float(line[task]) for task in (*OLD_TASKS, *TASKS)},
+                {task: float(line[task]) for task in tasks},
             )
-            for line in csv.DictReader(text for text in file if not text.startswith("#"))
+            for line in table
         ]
 
 
@@ -187,14 +203,18 @@ def main() -> None:
     """Parse the command line, run, write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.stitching")
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
+    parser.add_argument("--tasks", choices=GROUPS, default="two")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="table; default: the committed one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lines = run(arguments.work, arguments.seeds, arguments.rows)
     command = shlex.join(["python", "-m", "benchmarks.quality.stitching", *sys.argv[1:]])
-    save(lines, arguments.out, command)
+    out = arguments.out or OUT[arguments.tasks]
+    for seed in arguments.seeds:
+        lines = run(arguments.work, arguments.tasks, seed, arguments.rows)
+        for _, row in groupby(lines, key=lambda line: line.row):
+            save(list(row), out, command)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Every method that makes one model of two fine-tunes, and the settings that it may choose from.
+"""Every method that makes one model of several fine-tunes, and its settings to choose from.
 
 The joint solve runs through ``stitch_checkpoints`` on the checkpoints, with statistics files that
 ``calibrate`` writes; single patches are those of ``patch_checkpoint`` on the same files.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,12 @@ from benchmarks.quality.evaluation import (
     tuned_linears,
 )
 from benchmarks.quality.families import FAMILIES
-from benchmarks.quality.protocols import NEW_SAMPLES, OLD_SAMPLES_PER_TASK, PROTOCOLS
+from benchmarks.quality.protocols import (
+    NEW_SAMPLES,
+    OLD_SAMPLES_PER_TASK,
+    PROTOCOLS,
+    Protocol,
+)
 from benchmarks.quality.scenes import OLD_TASKS, Split
 from benchmarks.quality.training import Made
 from tailor_fast import (
@@ -33,10 +38,19 @@ from tailor_fast import (
     stitch_checkpoints,
 )
 from tailor_fast.patchfile import diff_checkpoints
+from tailor_fast.patching.recipe import DEFAULT_REFITS
 
 FAMILY = FAMILIES["llava"]
-PAIR = ("hard-code", "hard-next")
-TASKS = tuple(PROTOCOLS[name].finetuning.task for name in PAIR)
+
+
+def _with_task(protocol: Protocol, task: str) -> Protocol:
+    tuned = replace(protocol.finetuning, task=task)
+    return replace(protocol, name=f"hard-{task}", finetuning=tuned)
+
+
+_CODE, _NEXT = PROTOCOLS["hard-code"], PROTOCOLS["hard-next"]
+_FOUR = (_CODE, _NEXT, _with_task(_NEXT, "twice"), _with_task(_CODE, "mirror"))
+GROUPS: Mapping[str, tuple[Protocol, ...]] = {"two": _FOUR[:2], "four": _FOUR}
 DENSITIES = (0.05, 0.1)
 
 Hyper = Mapping[str, Any]
@@ -59,6 +73,7 @@ class Bench:
 
     def __init__(self, base: Made, tuned: Mapping[str, Made], seed: int, work: Path) -> None:
         self._base, self._tuned, self._seed, self._work = base, tuned, seed, work
+        self.tasks = tuple(tuned)
         self._model = FAMILY.load(base.folder)
         self.base: State = {k: v.clone() for k, v in self._model.state_dict().items()}
         models = [FAMILY.load(made.folder) for made in tuned.values()]
@@ -99,7 +114,13 @@ class Bench:
         return self.stitch(tasks, recipe, support=support, retain=self._old(retain))
 
     def surrogate(self, recipe: Recipe, single: float, *, retain: bool) -> State:
-        """The joint solve from single patches: what each made of its task stands for it."""
+        """The joint solve from single patches: what each made of its task stands for it.
+
+        Args:
+            recipe: of the joint solve; its density is that of the patches.
+            single: weight of old data in the patches.
+            retain: whether old data are used.
+        """
         tasks = {
             task: Task(
                 patch=self.patch(task, recipe.density, single, retain)[1],
@@ -177,10 +198,11 @@ def _rule(rule: Callable[..., State], grid: tuple[Hyper, ...]) -> Row:
     return Row(lambda bench, hyper: rule(bench.base, bench.tuned, **hyper), grid)
 
 
-def _patches(scale: float, retain: bool) -> Row:
+def _patches(*, mean: bool, retain: bool) -> Row:
     def make(bench: Bench, hyper: Hyper) -> State:
         weight = hyper.get("retain_weight", 0.1)
-        single = [bench.patch(task, hyper["density"], weight, retain)[0] for task in TASKS]
+        single = [bench.patch(task, hyper["density"], weight, retain)[0] for task in bench.tasks]
+        scale = 1 / len(single) if mean else 1.0
         return stitching_rules.task_arithmetic(bench.base, single, scale)
 
     return Row(make, _grid(density=DENSITIES, **({"retain_weight": _RETAIN} if retain else {})))
@@ -193,10 +215,15 @@ def _joint(support: str, retain: bool) -> Row:
     return Row(lambda b, hyper: b.joint(Recipe(**hyper), support, retain=retain), _grid(**axes))
 
 
-def _surrogate(retain: bool) -> Row:
+def _refitted(support: str) -> Row:
+    grid = _grid(density=DENSITIES, retain_weight=_RETAIN)
+    return Row(lambda b, hyper: b.joint(Recipe(**hyper), support, retain=True), grid)
+
+
+def _surrogate(*, retain: bool, refits: int) -> Row:
     def make(bench: Bench, hyper: Hyper) -> State:
         weight = hyper.get("retain_weight", 0.1)
-        return bench.surrogate(Recipe(**hyper), weight, retain=retain)
+        return bench.surrogate(Recipe(**hyper, refits=refits), weight, retain=retain)
 
     return Row(make, _grid(density=DENSITIES, **({"retain_weight": _RETAIN} if retain else {})))
 
@@ -204,8 +231,8 @@ def _surrogate(retain: bool) -> Row:
 ROWS: Mapping[str, Row] = {
     "base": Row(lambda bench, _: bench.base),
     **{
-        f"tuned-{task}": Row(lambda bench, _, at=at: bench.tuned[at])  # type: ignore[misc]  # its default binds now
-        for at, task in enumerate(TASKS)
+        f"tuned-{protocol.finetuning.task}": Row(lambda bench, _, at=at: bench.tuned[at])  # type: ignore[misc]  # its default binds now
+        for at, protocol in enumerate(_FOUR)
     },
     "task-arithmetic": _rule(stitching_rules.task_arithmetic, _grid(scale=_STEPS)),
     "magmax": _rule(stitching_rules.magmax, _grid(scale=_STEPS)),
@@ -214,15 +241,17 @@ ROWS: Mapping[str, Row] = {
         stitching_rules.dare_ties, _grid(density=_WIDE, scale=(0.2, *_SCALES[:4]), seed=(0, 1, 2))
     ),
     "pcb": _rule(stitching_rules.pcb, _grid(density=_WIDE, scale=_SCALES)),
-    "patches-mean": _patches(0.5, retain=False),
-    "patches-sum": _patches(1.0, retain=False),
-    "patches-mean-retain": _patches(0.5, retain=True),
-    "patches-sum-retain": _patches(1.0, retain=True),
-    "surrogate": _surrogate(retain=False),
-    "surrogate-retain": _surrogate(retain=True),
+    "patches-mean": _patches(mean=True, retain=False),
+    "patches-sum": _patches(mean=False, retain=False),
+    "patches-mean-retain": _patches(mean=True, retain=True),
+    "patches-sum-retain": _patches(mean=False, retain=True),
+    "surrogate": _surrogate(retain=False, refits=0),
+    "surrogate-retain": _surrogate(retain=True, refits=0),
+    "surrogate-refit-retain": _surrogate(retain=True, refits=DEFAULT_REFITS),
     **{
         f"joint-{support}{'-retain' if retain else ''}": _joint(support, retain)
         for retain in (False, True)
         for support in ("union", "best")
     },
+    **{f"refit-{support}-retain": _refitted(support) for support in ("union", "best")},
 }

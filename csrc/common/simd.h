@@ -19,11 +19,11 @@
 
 #if defined(TAILOR_FAST_AVX512)
 #define TAILOR_FAST_ISA avx512
-#define TAILOR_FAST_TARGET "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"
+#define TAILOR_FAST_TARGET "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi,bmi2,popcnt"
 #define TAILOR_FAST_LANES 16
 #elif defined(TAILOR_FAST_AVX2)
 #define TAILOR_FAST_ISA avx2
-#define TAILOR_FAST_TARGET "avx2,fma,f16c"
+#define TAILOR_FAST_TARGET "avx2,fma,f16c,bmi,bmi2,popcnt"
 #define TAILOR_FAST_LANES 8
 #else
 #define TAILOR_FAST_ISA portable
@@ -98,6 +98,16 @@ TAILOR_FAST_INLINE Doubles fused(Doubles a, Doubles b, Doubles c) {
 #endif
 }
 
+// float32 to float64, exactly.
+TAILOR_FAST_INLINE Doubles widen(HalfFloats floats) {
+#if defined(TAILOR_FAST_AVX512)  // GCC 13 converts by quarters and puts them together
+  return reinterpret_cast<Doubles>(
+      _mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(floats)));
+#else
+  return __builtin_convertvector(floats, Doubles);
+#endif
+}
+
 // The vectors of a real type, and how float32 in memory becomes one.
 template <typename Real>
 struct Of;
@@ -115,12 +125,7 @@ struct Of<double> {
   typedef Doubles Vector;
   static constexpr int64_t kWidth = kDoubleLanes;
   TAILOR_FAST_INLINE Vector widen(const void* from) {
-#if defined(TAILOR_FAST_AVX512)  // GCC 13 converts by quarters and puts them together
-    const auto floats = reinterpret_cast<__m256>(load_vector<HalfFloats>(from));
-    return reinterpret_cast<Doubles>(_mm512_maskz_cvtps_pd(0xff, floats));
-#else
-    return __builtin_convertvector(load_vector<HalfFloats>(from), Doubles);
-#endif
+    return TAILOR_FAST_ISA::widen(load_vector<HalfFloats>(from));
   }
   TAILOR_FAST_INLINE Vector all(double value) { return value - Doubles{}; }
 };

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace tailor_fast::select {
 
@@ -49,7 +48,7 @@ struct Sums {
 };
 
 // How many scores were above an interval and inside it, and where the latter are collected, in
-// linear order, with room for kSlack more. Plain pointers: see kernels_impl.h.
+// linear order, with room for kSlack more. Plain pointers: see common/simd.h.
 constexpr int64_t kSlack = 8;
 struct Found {
   int64_t above = 0;
@@ -74,7 +73,6 @@ struct Marks {
 };
 
 struct Kernels {
-  const char* name;
   // Writes the terms of `count` elements; returns the largest magnitude of s and v as bits, so that
   // a result >= kInfinity says that one of them is not finite.
   using TermsOf = int32_t (*)(const void* base, const void* tuned, const void* column_weight,
@@ -109,7 +107,17 @@ struct Kernels {
   uint64_t (*read)(const void* words, int64_t count);  // xor of 64-bit words: the probe
 };
 
-// The instruction sets that this build has and this machine runs, the best one last.
-const std::vector<const Kernels*>& available_kernels();
+// Those of the instruction set in use.
+const Kernels& kernels();
 
 }  // namespace tailor_fast::select
+
+namespace tailor_fast::avx512 {
+extern const select::Kernels kSelect;
+}
+namespace tailor_fast::avx2 {
+extern const select::Kernels kSelect;
+}
+namespace tailor_fast::portable {
+extern const select::Kernels kSelect;
+}

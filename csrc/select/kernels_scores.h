@@ -1,26 +1,31 @@
 // From stored weights to scores: the terms, their sums and the standardisation. First part of
-// kernels_impl.h, which states the rules and alone includes this, once per instruction set.
+// kernels_body.h, which alone includes this, once per instruction set.
+#include "common/simd.h"
+#include "select/kernels.h"
 
-namespace tailor_fast::select {
-namespace TAILOR_FAST_ISA {
+TAILOR_FAST_KERNELS_BEGIN
+#if defined(TAILOR_FAST_AVX512) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")  // of plain loops; ends with the set itself
+#endif
+
 namespace {
 
-#define TF_INLINE inline __attribute__((always_inline))
+using namespace select;
 
-TF_INLINE float as_float(uint32_t bits) {
+TAILOR_FAST_INLINE float as_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-TF_INLINE int32_t as_bits(float value) {
+TAILOR_FAST_INLINE int32_t as_bits(float value) {
   int32_t bits;
   __builtin_memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
 template <typename T>
-TF_INLINE T word(const void* array, int64_t index) {
+TAILOR_FAST_INLINE T word(const void* array, int64_t index) {
   T value;
   __builtin_memcpy(&value, static_cast<const char*>(array) + index * int64_t{sizeof(T)}, sizeof(T));
   return value;
@@ -28,12 +33,12 @@ TF_INLINE T word(const void* array, int64_t index) {
 
 struct Float32 {
   using Word = float;
-  static TF_INLINE float load(const void* array, int64_t i) { return word<float>(array, i); }
+  TAILOR_FAST_INLINE float load(const void* array, int64_t i) { return word<float>(array, i); }
 };
 
 struct Bfloat16 {
   using Word = uint16_t;
-  static TF_INLINE float load(const void* array, int64_t i) {
+  TAILOR_FAST_INLINE float load(const void* array, int64_t i) {
     return as_float(uint32_t{word<uint16_t>(array, i)} << 16);
   }
 };
@@ -42,7 +47,7 @@ struct Float16 {
   using Word = uint16_t;
   // The exponent is rebiased by a product that is exact, for subnormals too. Without branches, so
   // that it vectorises where there is no instruction for it.
-  static TF_INLINE float load(const void* array, int64_t i) {
+  TAILOR_FAST_INLINE float load(const void* array, int64_t i) {
     const uint32_t half = word<uint16_t>(array, i);
     const uint32_t shifted = (half & 0x7fff) << 13;
     uint32_t bits = static_cast<uint32_t>(as_bits(as_float(shifted) * 0x1p112f));
@@ -51,14 +56,14 @@ struct Float16 {
   }
 };
 
-TF_INLINE int32_t magnitude(float value) { return as_bits(value) & 0x7fffffff; }
-TF_INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+TAILOR_FAST_INLINE int32_t magnitude(float value) { return as_bits(value) & 0x7fffffff; }
+TAILOR_FAST_INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // Terms of `count` elements; returns the largest magnitude among them and `worst`, as bits.
 template <typename Number, Terms kTerms>
-TF_INLINE int32_t add_terms(const void* base, const void* tuned, const void* column_weight,
-                            int64_t first, int64_t count, int32_t worst, float* __restrict s,
-                            float* __restrict v) {
+TAILOR_FAST_INLINE int32_t add_terms(const void* base, const void* tuned,
+                                     const void* column_weight, int64_t first, int64_t count,
+                                     int32_t worst, float* __restrict s, float* __restrict v) {
   for (int64_t i = 0; i < count; ++i) {
     const float t = Number::load(tuned, first + i);
     if constexpr (kTerms == Terms::kScores) {
@@ -89,39 +94,13 @@ int32_t terms_of(const void* base, const void* tuned, const void* column_weight,
 }
 
 // One vector of float64 differences from a pivot.
-#if defined(TAILOR_FAST_AVX512)
-using Doubles = __m512d;
-TF_INLINE Doubles differences(const float* x, float pivot) {
-  return _mm512_cvtps_pd(_mm256_sub_ps(_mm256_loadu_ps(x), _mm256_set1_ps(pivot)));
+TAILOR_FAST_INLINE Doubles differences(const float* x, float pivot) {
+  return widen(load_vector<HalfFloats>(x) - pivot);
 }
-// e * e + f * f; both squares are exact, so the FMA is too.
-TF_INLINE Doubles squares(Doubles e, Doubles f) { return _mm512_fmadd_pd(e, e, f * f); }
-TF_INLINE double fold_lanes(Doubles x) {
-  const __m256d y = _mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1);
-  const __m128d z = _mm256_castpd256_pd128(y) + _mm256_extractf128_pd(y, 1);
-  return z[0] + z[1];
-}
-#elif defined(TAILOR_FAST_AVX2)
-using Doubles = __m256d;
-TF_INLINE Doubles differences(const float* x, float pivot) {
-  return _mm256_cvtps_pd(_mm_sub_ps(_mm_loadu_ps(x), _mm_set1_ps(pivot)));
-}
-TF_INLINE Doubles squares(Doubles e, Doubles f) { return _mm256_fmadd_pd(e, e, f * f); }
-TF_INLINE double fold_lanes(Doubles x) {
-  const __m128d z = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);
-  return z[0] + z[1];
-}
-#else
-typedef double Doubles __attribute__((vector_size(16)));
-TF_INLINE Doubles differences(const float* x, float pivot) {
-  return Doubles{double{x[0] - pivot}, double{x[1] - pivot}};
-}
-TF_INLINE Doubles squares(Doubles e, Doubles f) { return e * e + f * f; }
-TF_INLINE double fold_lanes(Doubles x) { return x[0] + x[1]; }
-#endif
+// e * e + f * f; both squares are exact, so that it is the same whether fused or not.
+TAILOR_FAST_INLINE Doubles squares(Doubles e, Doubles f) { return fused(e, e, f * f); }
 
-constexpr int kLanes = sizeof(Doubles) / sizeof(double);
-constexpr int kVectors = kBlock / kLanes;
+constexpr int64_t kVectors = kBlock / kDoubleLanes;
 
 struct VectorSums {
   Doubles one, two;
@@ -129,10 +108,10 @@ struct VectorSums {
 
 // Vector `place` of the row of `count` that is left after folding kVectors of them by halves.
 template <int place, int count>
-TF_INLINE VectorSums folded(const float* x, float pivot) {
+TAILOR_FAST_INLINE VectorSums folded(const float* x, float pivot) {
   if constexpr (2 * count == kVectors) {
-    const Doubles e = differences(x + place * kLanes, pivot);
-    const Doubles f = differences(x + (place + count) * kLanes, pivot);
+    const Doubles e = differences(x + place * kDoubleLanes, pivot);
+    const Doubles f = differences(x + (place + count) * kDoubleLanes, pivot);
     return {e + f, squares(e, f)};
   } else {
     const VectorSums low = folded<place, 2 * count>(x, pivot);
@@ -141,9 +120,9 @@ TF_INLINE VectorSums folded(const float* x, float pivot) {
   }
 }
 
-TF_INLINE Sums sums_of_block(const float* x, float pivot) {
+TAILOR_FAST_INLINE Sums sums_of_block(const float* x, float pivot) {
   const VectorSums sum = folded<0, 1>(x, pivot);
-  return {fold_lanes(sum.one), fold_lanes(sum.two)};
+  return {sum_lanes(sum.one), sum_lanes(sum.two)};
 }
 
 void block_sums(const float* x, int64_t blocks, float pivot, Sums* sums) {
@@ -170,8 +149,9 @@ int32_t scale(const float* s, const float* v, int64_t count, const float* factor
   return worst;
 }
 
-TF_INLINE void shift_scale(const float* s, const float* v, int64_t count, float mean_s,
-                           float factor_s, float mean_v, float factor_v, float* __restrict out) {
+TAILOR_FAST_INLINE void shift_scale(const float* s, const float* v, int64_t count, float mean_s,
+                                    float factor_s, float mean_v, float factor_v,
+                                    float* __restrict out) {
   if (s != nullptr && v != nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       out[i] = (s[i] - mean_s) * factor_s + (v[i] - mean_v) * factor_v;
@@ -196,31 +176,32 @@ struct Moments {
 // Sums of the blocks of a term, until they become its moments.
 struct BlockSums {
   double one[kBlocks] = {}, two[kBlocks] = {}, pivot[kBlocks] = {}, size[kBlocks] = {};
-
-  // Pads a block of `count` elements and adds it up.
-  TF_INLINE void set(int64_t block, float* x, int64_t count) {
-    for (int64_t i = count; i < kBlock; ++i) x[i] = x[0];
-    const Sums sums = sums_of_block(x, x[0]);
-    one[block] = sums.one;
-    two[block] = sums.two;
-    pivot[block] = x[0];
-    size[block] = count;
-  }
-  // Blocks that were not set get nothing of use.
-  TF_INLINE void measure(double weight, Moments& moments) const {
-    for (int b = 0; b < kBlocks; ++b) {
-      const double q = one[b] / size[b];
-      const double deviation = __builtin_sqrt((two[b] - one[b] * q) / (size[b] - 1));
-      const float factor = static_cast<float>(weight / deviation);
-      moments.mean[b] = static_cast<float>(pivot[b] + q);
-      moments.factor[b] = deviation >= kSmallestDeviation ? factor : 0.0f;
-    }
-  }
 };
+
+// Pads a block of `count` elements and adds it up.
+TAILOR_FAST_INLINE void set_block(BlockSums& blocks, int64_t block, float* x, int64_t count) {
+  for (int64_t i = count; i < kBlock; ++i) x[i] = x[0];
+  const Sums sums = sums_of_block(x, x[0]);
+  blocks.one[block] = sums.one;
+  blocks.two[block] = sums.two;
+  blocks.pivot[block] = x[0];
+  blocks.size[block] = count;
+}
+
+// Blocks that were not set get nothing of use.
+TAILOR_FAST_INLINE void measure(const BlockSums& blocks, double weight, Moments& moments) {
+  for (int b = 0; b < kBlocks; ++b) {
+    const double one = blocks.one[b], size = blocks.size[b], q = one / size;
+    const double deviation = __builtin_sqrt((blocks.two[b] - one * q) / (size - 1));
+    const float factor = static_cast<float>(weight / deviation);
+    moments.mean[b] = static_cast<float>(blocks.pivot[b] + q);
+    moments.factor[b] = deviation >= kSmallestDeviation ? factor : 0.0f;
+  }
+}
 
 // A block of weights that come soon: while sums are made the hardware loses the streams.
 template <typename Number>
-TF_INLINE void fetch_ahead(const void* base, const void* tuned, int64_t i) {
+TAILOR_FAST_INLINE void fetch_ahead(const void* base, const void* tuned, int64_t i) {
   constexpr int64_t kAhead = 2048, kLine = 64, kWidth = sizeof(typename Number::Word);
   for (int64_t j = i * kWidth + kAhead; j < (i + kBlock) * kWidth + kAhead; j += kLine) {
     __builtin_prefetch(static_cast<const char*>(base) + j, 0, 2);
@@ -243,11 +224,11 @@ int32_t block_scores_of(const void* base, const void* tuned, const void* column_
       return add_terms<Number, kTerms>(base, tuned, column_weight, i, n, worst, s + i, v + i);
     };
     worst = some == kBlock ? add(kBlock) : add(some);  // one of them has a constant length
-    if constexpr (has_salience(kTerms)) of_s.set(b, s + i, some);
-    if constexpr (has_sensitivity(kTerms)) of_v.set(b, v + i, some);
+    if constexpr (has_salience(kTerms)) set_block(of_s, b, s + i, some);
+    if constexpr (has_sensitivity(kTerms)) set_block(of_v, b, v + i, some);
   }
-  if constexpr (has_salience(kTerms)) of_s.measure(weights[0], first);
-  if constexpr (has_sensitivity(kTerms)) of_v.measure(weights[1], second);
+  if constexpr (has_salience(kTerms)) measure(of_s, weights[0], first);
+  if constexpr (has_sensitivity(kTerms)) measure(of_v, weights[1], second);
   for (int64_t b = 0, i = 0; i < count; ++b, i += kBlock) {
     const int64_t some = count - i < kBlock ? count - i : kBlock;
     if constexpr (has_both(kTerms)) {
@@ -264,5 +245,4 @@ int32_t block_scores_of(const void* base, const void* tuned, const void* column_
 
 }  // namespace
 
-}  // namespace TAILOR_FAST_ISA
-}  // namespace tailor_fast::select
+TAILOR_FAST_KERNELS_END

@@ -4,9 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
 #include <tuple>
 
+#include "common/cpu.h"
 #include "common/memory.h"
 #include "modules.h"
 #include "select/count.h"
@@ -14,11 +14,16 @@
 namespace py = pybind11;
 
 namespace tailor_fast {
+namespace select {
+
+const Kernels& kernels() { return TAILOR_FAST_KERNELS(kSelect); }
+
+}  // namespace select
+
 namespace {
 
 using select::Affine;
 using select::Fault;
-using select::Kernels;
 using select::Normalize;
 using select::Pair;
 
@@ -32,21 +37,13 @@ FaultTuple tuple_of(const Fault& fault) {
   return std::make_tuple(fault.index, fault.value);
 }
 
-const Kernels& kernels_of(const std::string& name) {
-  const auto& available = select::available_kernels();
-  if (name.empty()) return *available.back();
-  for (const Kernels* kernels : available) {
-    if (name == kernels->name) return *kernels;
-  }
-  throw std::invalid_argument("no kernels for the instruction set " + name);
-}
-
 // A pair, and the moments that it needs but was not given.
 class Measured {
  public:
-  Measured(const PairTuple& tuple, const std::string& isa, int threads) {
-    const auto& [base, tuned, weight, rows, cols, dtype, terms, salience, normalize, affine] = tuple;
-    pair = Pair{&kernels_of(isa),
+  Measured(const PairTuple& tuple, int threads) {
+    const auto& [base, tuned, weight, rows, cols, dtype, terms, salience, normalize, affine] =
+        tuple;
+    pair = Pair{&select::kernels(),
                 pointer(base),
                 pointer(tuned),
                 pointer(weight),
@@ -87,10 +84,9 @@ using MaskTuple = std::tuple<FaultTuple, int64_t, int64_t>;
 using BracketTuple = std::tuple<float, int64_t, float, int64_t>;  // score and index of two cuts
 
 MaskTuple select_mask(const PairTuple& tuple, int64_t unit_rows, int64_t unit_cols, int64_t k,
-                      int64_t last_k, uintptr_t mask, const std::string& isa, int threads,
-                      int64_t stream_from, int64_t budget_part,
-                      const std::optional<BracketTuple>& bracket) {
-  const Measured measured(tuple, isa, threads);
+                      int64_t last_k, uintptr_t mask, int threads, int64_t stream_from,
+                      int64_t budget_part, const std::optional<BracketTuple>& bracket) {
+  const Measured measured(tuple, threads);
   if (measured.fault) return {tuple_of(measured.fault), 0, 0};
   const Pair& pair = measured.pair;
   use_huge_pages(pointer(mask), pair.rows * pair.cols);
@@ -109,9 +105,8 @@ MaskTuple select_mask(const PairTuple& tuple, int64_t unit_rows, int64_t unit_co
 std::tuple<FaultTuple, int64_t, int64_t> select_count(const PairTuple& tuple,
                                                       std::optional<int64_t> prefix, int64_t low,
                                                       int64_t high, uintptr_t counts,
-                                                      uintptr_t keys, const std::string& isa,
-                                                      int threads) {
-  const Measured measured(tuple, isa, threads);
+                                                      uintptr_t keys, int threads) {
+  const Measured measured(tuple, threads);
   if (measured.fault) return {tuple_of(measured.fault), 0, 0};
   const auto counted =
       select::count_keys(measured.pair, {prefix, low, high}, static_cast<int64_t*>(pointer(counts)),
@@ -120,8 +115,8 @@ std::tuple<FaultTuple, int64_t, int64_t> select_count(const PairTuple& tuple,
 }
 
 std::tuple<FaultTuple, int64_t> select_mark(const PairTuple& tuple, int32_t threshold, int64_t ties,
-                                            uintptr_t mask, const std::string& isa, int threads) {
-  const Measured measured(tuple, isa, threads);
+                                            uintptr_t mask, int threads) {
+  const Measured measured(tuple, threads);
   Fault fault = measured.fault;
   if (fault) return {tuple_of(fault), 0};
   const Pair& pair = measured.pair;
@@ -135,9 +130,8 @@ std::tuple<FaultTuple, int64_t> select_mark(const PairTuple& tuple, int32_t thre
   return {tuple_of(fault), taken};
 }
 
-FaultTuple select_affine(const PairTuple& tuple, uintptr_t affine, const std::string& isa,
-                         int threads) {
-  const Measured measured(tuple, isa, threads);
+FaultTuple select_affine(const PairTuple& tuple, uintptr_t affine, int threads) {
+  const Measured measured(tuple, threads);
   if (measured.fault) return tuple_of(measured.fault);
   int64_t at = 0;
   for (int term : Measured::used(measured.pair)) {
@@ -147,9 +141,8 @@ FaultTuple select_affine(const PairTuple& tuple, uintptr_t affine, const std::st
   return std::nullopt;
 }
 
-FaultTuple select_scores(const PairTuple& tuple, uintptr_t scores, const std::string& isa,
-                         int threads) {
-  const Measured measured(tuple, isa, threads);
+FaultTuple select_scores(const PairTuple& tuple, uintptr_t scores, int threads) {
+  const Measured measured(tuple, threads);
   if (measured.fault) return tuple_of(measured.fault);
   const Pair& pair = measured.pair;
   const select::Region region{0, pair.rows, 0, pair.cols};
@@ -174,16 +167,10 @@ FaultTuple select_scores(const PairTuple& tuple, uintptr_t scores, const std::st
   return tuple_of(fault);
 }
 
-std::vector<std::string> select_instruction_sets() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : select::available_kernels()) names.push_back(kernels->name);
-  return names;
-}
-
 // Reads 8-byte words and does nothing else: what memory gives at best, for the benchmarks.
 uint64_t read_probe(const std::vector<uintptr_t>& arrays, int64_t words, int threads) {
   constexpr int64_t kChunk = 1 << 15;
-  const Kernels& kernels = kernels_of("");
+  const select::Kernels& kernels = select::kernels();
   const int64_t chunks = (words + kChunk - 1) / kChunk;
   std::vector<uint64_t> sums(chunks);
   parallel_for(chunks, threads, [&](int64_t i) {
@@ -203,18 +190,17 @@ void register_select(py::module_& module) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   module.def("select_mask", &select_mask, release, py::arg("pair"), py::arg("unit_rows"),
              py::arg("unit_cols"), py::arg("k"), py::arg("last_k"), py::arg("mask"),
-             py::arg("isa"), py::arg("threads"), py::arg("stream_from"), py::arg("budget_part"),
+             py::arg("threads"), py::arg("stream_from"), py::arg("budget_part"),
              py::arg("bracket"));
   module.def("select_count", &select_count, release, py::arg("pair"), py::arg("prefix"),
-             py::arg("low"), py::arg("high"), py::arg("counts"), py::arg("keys"), py::arg("isa"),
+             py::arg("low"), py::arg("high"), py::arg("counts"), py::arg("keys"),
              py::arg("threads"));
   module.def("select_mark", &select_mark, release, py::arg("pair"), py::arg("threshold"),
-             py::arg("ties"), py::arg("mask"), py::arg("isa"), py::arg("threads"));
+             py::arg("ties"), py::arg("mask"), py::arg("threads"));
   module.def("select_affine", &select_affine, release, py::arg("pair"), py::arg("affine"),
-             py::arg("isa"), py::arg("threads"));
+             py::arg("threads"));
   module.def("select_scores", &select_scores, release, py::arg("pair"), py::arg("scores"),
-             py::arg("isa"), py::arg("threads"));
-  module.def("select_instruction_sets", &select_instruction_sets);
+             py::arg("threads"));
   module.def("read_probe", &read_probe, release, py::arg("arrays"), py::arg("words"),
              py::arg("threads"));
 }

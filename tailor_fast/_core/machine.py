@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tailor_fast._core.errors import UsageError
 _GROUPS = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_IN_USE = 0.94  # share of a GPU's memory that tensors get: blocks have ends, libraries workspaces
 
 
 def memory() -> tuple[int, int]:
@@ -93,6 +96,37 @@ def check_memory(need: int, limit: int | None) -> list[str]:
     if need > free:
         return [f"takes {need} bytes of memory, of which {free} are free at the moment"]
     return []
+
+
+@contextmanager
+def naming(stage: str, layer: str) -> Iterator[None]:
+    """Say where it was that a device had no memory left.
+
+    Raises:
+        UsageError: it had none.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{stage} of {layer}: the device has no memory left; expected room for what `plan`"
+            " shows; give a smaller --max-vram, which takes smaller parts at a time, or a smaller"
+            " --batch-size"
+        ) from error
+
+
+def hold_to(limit: int | None, device: torch.device) -> int | None:
+    """Return how much of ``device`` a run may take: ``limit``, or what is free; None on a CPU.
+
+    On a GPU no more than that is given out from then on.
+    """
+    if device.type != "cuda":
+        return limit
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    most = free if limit is None else min(limit, free)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+    return int(most * _IN_USE)
 
 
 def check_device_memory(need: int, device: torch.device) -> list[str]:

@@ -66,6 +66,11 @@ class JobSpec(BaseModel):
             return value
         return path
 
+    @field_validator("max_ram", "out_shard_size", mode="before")
+    @classmethod
+    def _bytes_may_be_a_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
     @field_validator("max_ram", "out_shard_size")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
@@ -141,7 +146,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key} is missing"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; the keys of a job are {', '.join(JobSpec.model_fields)}"
+        of, model = ("job", JobSpec) if len(first["loc"]) == 1 else ("recipe", Recipe)
+        return f"unknown key {key!r}; the keys of a {of} are {', '.join(model.model_fields)}"
     return f"{key}: {problem}; got {first['input']!r}"
 
 

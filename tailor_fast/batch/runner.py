@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from tailor_fast._core.errors import OutputError, TailorError
@@ -23,7 +25,9 @@ from tailor_fast.batch.state import (
     write_states,
     write_text,
 )
+from tailor_fast.checkpoint import Held, open_checkpoint
 from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
+from tailor_fast.patching.holding import kept, room_for_base, too_large
 from tailor_fast.patching.plan import PatchPlan
 
 _log = logging.getLogger("tailor_fast")
@@ -48,6 +52,9 @@ def run_batch(
 
     A job that an earlier run has done is not done again, as long as its settings, the sizes and
     times of its files, and its output are what they were.
+
+    Jobs that follow each other and have one base read it from disk once, where it fits into memory
+    beside them (``room_for_base``); on a cluster each job reads its own.
 
     Args:
         jobs: from ``read_manifest``.
@@ -86,17 +93,25 @@ def run_batch(
 def _here(
     jobs: Sequence[JobSpec], states: Mapping[str, JobState], overwrite: bool, shown: Shown
 ) -> Generator[JobState]:
-    for number, job in enumerate(jobs, 1):
+    for number, (job, held) in enumerate(_with_bases(jobs), 1):
         with shown() as progress:
             place = f"job {number} of {len(jobs)}, {job.label}"
             if _stands(job, states.get(job.label)):
                 progress.note(f"{place}: done before")
                 continue
             progress.note(place)
-            state = _run(job, overwrite, progress)
+            state = _run(job, overwrite, progress, held)
             if state.error:
                 progress.note(f"{place}: {state.error}")
         yield state
+
+
+def _with_bases(jobs: Sequence[JobSpec]) -> Iterator[tuple[JobSpec, Held | None]]:
+    for _, group in groupby(jobs, key=lambda job: job.base):
+        same = list(group)
+        held = Held() if len(same) > 1 else None
+        for job in same:
+            yield job, held
 
 
 def _there(
@@ -123,26 +138,49 @@ def _run_silently(job: JobSpec, overwrite: bool) -> JobState:
 
 
 def plan_batch(
-    jobs: Sequence[JobSpec], *, overwrite: bool = False
+    jobs: Sequence[JobSpec], *, overwrite: bool = False, cluster: bool = False
 ) -> Iterator[tuple[JobSpec, PatchPlan | TailorError]]:
-    """Yield each job with what it would do, or with what it would fail of; no weight is read."""
-    for job in jobs:
-        try:
-            yield (
-                job,
-                plan_patch(
-                    job.base,
-                    job.tuned,
-                    job.out,
-                    job.recipe,
-                    calibration=job.calibration,
-                    statistics=job.statistics,
-                    retain=job.retain,
-                    options=job.options(overwrite=overwrite),
-                ),
-            )
-        except TailorError as error:
-            yield job, error
+    """Yield each job with what it would do, or with what it would fail of; no weight is read.
+
+    Args:
+        jobs: from ``read_manifest``.
+        overwrite: as for ``run_batch``.
+        cluster: whether a cluster would run them.
+    """
+    for _, group in groupby(jobs, key=lambda job: job.base):
+        same = list(group)
+        for job in same:
+            try:
+                plan = _plan(job, overwrite)
+                yield job, plan if cluster else _with_base(job, plan, len(same))
+            except TailorError as error:
+                yield job, error
+
+
+def _plan(job: JobSpec, overwrite: bool) -> PatchPlan:
+    return plan_patch(
+        job.base,
+        job.tuned,
+        job.out,
+        job.recipe,
+        calibration=job.calibration,
+        statistics=job.statistics,
+        retain=job.retain,
+        options=job.options(overwrite=overwrite),
+    )
+
+
+def _with_base(job: JobSpec, plan: PatchPlan, jobs: int) -> PatchPlan:
+    """The plan with the memory of a base that several jobs share, or the note that none is kept."""
+    if jobs == 1:
+        return plan
+    with open_checkpoint(job.base) as base:
+        size = base.total_bytes
+    room = room_for_base(plan, job.options(overwrite=False))
+    if size > room:
+        return replace(plan, notes=(*plan.notes, too_large(size, room)))
+    notes = (*plan.notes, kept(size, jobs))
+    return replace(plan, ram_weights=plan.ram_weights + size, notes=notes)
 
 
 def _stands(job: JobSpec, state: JobState | None) -> bool:
@@ -155,7 +193,7 @@ def _stands(job: JobSpec, state: JobState | None) -> bool:
         return False  # the run itself will say what is missing
 
 
-def _run(job: JobSpec, overwrite: bool, progress: Progress) -> JobState:
+def _run(job: JobSpec, overwrite: bool, progress: Progress, held: Held | None = None) -> JobState:
     start = time.perf_counter()
     try:
         key = fingerprint(job)
@@ -169,6 +207,7 @@ def _run(job: JobSpec, overwrite: bool, progress: Progress) -> JobState:
             retain=job.retain,
             options=job.options(overwrite=overwrite),
             progress=progress,
+            held=held,
         )
         return finished(job, report, key, time.perf_counter() - start)
     except KeyboardInterrupt:  # also what says that it can be resumed

@@ -17,6 +17,7 @@ from tailor_fast._core.errors import InputError, OutputError
 from tailor_fast._version import __version__
 from tailor_fast.batch.manifest import JobSpec
 from tailor_fast.checkpoint import MANIFEST_NAME, local_path
+from tailor_fast.checkpoint.files import input_error
 from tailor_fast.patching.report import Report
 
 STATE_NAME = "batch.json"
@@ -78,7 +79,7 @@ def _seen(path: Path) -> list[tuple[str, int, int]]:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         found = [(file.name, file.stat()) for file in files]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise input_error(error, path) from None
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 

@@ -2,5 +2,6 @@
 
 from tailor_fast.calibration.job import CalibrationReport, calibrate
 from tailor_fast.calibration.options import RunOptions
+from tailor_fast.calibration.prepared import save_batches
 
-__all__ = ["CalibrationReport", "RunOptions", "calibrate"]
+__all__ = ["CalibrationReport", "RunOptions", "calibrate", "save_batches"]

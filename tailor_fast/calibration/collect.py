@@ -13,6 +13,7 @@ from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.groups import Groups
 from tailor_fast.calibration.lockstep import Lane, Lockstep, Site, Stream, run_all
 from tailor_fast.calibration.moments import BatchName, DiagonalSums, Moments, MomentSums
+from tailor_fast.calibration.placing import ON_DEVICE, Placement
 from tailor_fast.calibration.statfile import Kind
 from tailor_fast.models import TokenMasks, aligned
 
@@ -64,9 +65,17 @@ class Collector:
         model: one of the models that run, to tell text from images.
         groups: how the layers are called.
         processes: whose sums are added up.
+        placement: where matrices wait.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, processes: Processes = ALONE) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        processes: Processes = ALONE,
+        placement: Placement = ON_DEVICE,
+    ) -> None:
+        self._placement = placement
         self._tokens = TokenMasks(model)
         self._groups = groups
         self._processes = processes
@@ -76,8 +85,13 @@ class Collector:
     ) -> tuple[Moments | None, Moments | None]:
         """Moments of the new task and of old tasks; None where no token was counted."""
         new = self.at(lockstep, site, *streams.new)
-        old = None if streams.old is None else self.at(lockstep, site, *streams.old)
-        return new, old
+        if streams.old is None:
+            return new, None
+        if new is None or not self._placement.new_waits:
+            return new, self.at(lockstep, site, *streams.old)
+        new = new.waiting()
+        old = self.at(lockstep, site, *streams.old)
+        return new.back(), old
 
     def at(
         self, lockstep: Lockstep, site: Site, actual: Stream, target: Stream | None
@@ -94,7 +108,10 @@ class Collector:
                 target_x, there = aligned(target_x, x), _where(answer)
                 sums.add(x, self._mask(name, lane), _where(lane), target_x, there)
         sums.add_up(self._processes)
-        return sums.finish()
+        moments = sums.finish()
+        if moments is None or not self._placement.differences_on_host:
+            return moments
+        return moments.without_differences()
 
     def sums(
         self, lockstep: Lockstep, site: Site, stream: Stream, kind: Kind

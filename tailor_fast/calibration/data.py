@@ -11,6 +11,7 @@ import torch
 
 from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.options import RunOptions
+from tailor_fast.calibration.prepared import hash_prepared, is_tensors, read_prepared
 from tailor_fast.calibration.streamed import run_dtype
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import count_samples, hash_samples, read_samples
@@ -46,10 +47,10 @@ def read_data(
     device: torch.device,
     share: Callable[[int], slice] = slice,
 ) -> Data:
-    """Read a data file through a checkpoint's own processor.
+    """Read a data file through a checkpoint's own processor, or batches that are prepared.
 
     Args:
-        path: JSON lines.
+        path: JSON lines; or a safetensors file of batches, or a directory of such files.
         directory: the checkpoint that holds the processor.
         model: for its configuration and dtype.
         options: how many samples, how long, how many at once, and which of their tokens count.
@@ -59,6 +60,11 @@ def read_data(
     Raises:
         InputError: a sample or the processor is not usable.
     """
+    if is_tensors(path):
+        read = read_prepared(path, model, options, run_dtype(model), share)
+        moved = [batch.to(device) for batch in read.batches]
+        note = _note(path, read.samples, read.found)
+        return Data(moved, read.samples, read.sha256, note, read.first)
     found = count_samples(path)
     samples = read_samples(path, most=options.samples)
     first = 0
@@ -79,8 +85,21 @@ def read_data(
         config=model.config,
         share=counted,
     )
-    note = ""
-    if len(samples) < found:
-        note = f"{path.name}: {len(samples)} of {found} samples are used, evenly spaced"
+    note = _note(path, len(samples), found)
     moved = [batch.to(device) for batch in batches]
     return Data(moved, len(samples), hash_samples(samples), note, first)
+
+
+def hash_data(path: Path, most: int | None) -> str:
+    """Return the SHA-256 (hex) of what ``most`` samples of a data file are read from.
+
+    Raises:
+        InputError: the file is malformed or cannot be read.
+    """
+    if is_tensors(path):
+        return hash_prepared(path, most)
+    return hash_samples(read_samples(path, most=most))
+
+
+def _note(path: Path, used: int, found: int) -> str:
+    return f"{path.name}: {used} of {found} samples are used, evenly spaced" if used < found else ""

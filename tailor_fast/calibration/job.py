@@ -102,15 +102,19 @@ def calibrate(
         PeerError: another process failed.
         StorageError: reading or writing failed half way.
         UsageError: ``out`` has another ending; ``options.max_ram`` is more than the machine has;
-            an adapter without its base, or a base without one.
+            ``options.max_vram`` is given; an adapter without its base, or a base without one.
     """
     start, options, progress = time.perf_counter(), options or RunOptions(), progress or Silent()
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"{out}: expected a name that ends in .safetensors")
+    options.refuse_max_vram("calibrate")
     device = _device(options)
     with ExitStack() as stack:
         source = Hashed(_open(stack, local_path(model), base))
         keys = _keys(source, str(model))
+        inputs = (*source.checkpoint.input_paths, *(() if base is None else (base,)))
+        if processes.rank == 0:
+            StagedFile.check(out, overwrite=options.overwrite, inputs=inputs)
         streamed = StreamedModel(source, keys, device)
         processor = source.checkpoint.processor_directory or local_path(model)
         read = read_data(Path(data), processor, streamed.model, options, device, processes.share)
@@ -127,7 +131,6 @@ def calibrate(
         if processes.rank == 0:
             weights = {name: source.digests[keys[f"{name}.weight"]] for name in names}
             header = _header(kind, root, read, options.tokens, groups, streamed, weights)
-            inputs = (*source.checkpoint.input_paths, *(() if base is None else (base,)))
             layout, again = header.layout(), options.overwrite
             staged = stack.enter_context(StagedFile(out, layout, overwrite=again, inputs=inputs))
         spill = None

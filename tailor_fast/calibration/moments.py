@@ -8,17 +8,21 @@ difference is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tailor_fast._core.errors import InputError
 from tailor_fast._core.processes import Processes
+from tailor_fast.calibration.placing import to_host
+from tailor_fast.calibration.waiting import Waiting
 from tailor_fast.ops.gram import (
     accumulate_cross_gram_,
     accumulate_gram_,
     accumulate_gram_diag_,
 )
+
+CHUNK_TOKENS = 4096  # whose differences are in float32 at a time; the GEMMs gain nothing beyond
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,20 @@ class Moments:
     def diag(self) -> torch.Tensor:
         """Diagonal of ``gram``, ``[cols]``."""
         return self.gram.diagonal()
+
+    def without_differences(self) -> Moments:
+        """The same with ``cross`` and ``error_gram`` in the host's memory."""
+        if self.cross is None or self.error_gram is None:
+            return self
+        return replace(self, cross=to_host(self.cross), error_gram=to_host(self.error_gram))
+
+    def waiting(self) -> Moments:
+        """The same with all matrices there."""
+        return replace(self.without_differences(), gram=to_host(self.gram))
+
+    def back(self) -> Moments:
+        """``waiting()`` to be solved with: the Gram is where the vectors are."""
+        return replace(self, gram=self.gram.to(self.mean.device))
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,7 @@ class MomentSums:
     def __init__(self, name: str) -> None:
         self._name = name
         self._tokens = 0
+        self._waiting = Waiting()
         self._inputs: _Sums | None = None
         self._target_diag: torch.Tensor | None = None
         self._errors: _Sums | None = None
@@ -106,32 +125,40 @@ class MomentSums:
         """
         x = finite_tokens(self._name, actual, where)
         counted = x if token_mask is None else x[token_mask]
+        self._tokens += counted.shape[0]
+        other = None
+        if target is not None and not torch.equal(target, actual):
+            other = finite_tokens(self._name, target, target_where or where)
+            if other.shape != x.shape:
+                raise InputError(
+                    f"{self._name}: {where} gives {list(other.shape)} tokens in one model and"
+                    f" {list(x.shape)} in the other; expected the same"
+                )
+            other = other if token_mask is None else other[token_mask]
+        for ours, theirs in self._waiting.put(counted, other):
+            self._add(ours, theirs)
+
+    def _add_waiting(self) -> None:
+        for ours, theirs in self._waiting.take():
+            self._add(ours, theirs)
+
+    def _add(self, x: torch.Tensor, other: torch.Tensor | None) -> None:
         if self._inputs is None:
             self._inputs = _Sums.zeros(x.shape[1], x.device)
-        same = target is None or torch.equal(target, actual)
-        if not same and self._target_diag is None:
+        if other is not None and self._target_diag is None:
             self._target_diag = self._inputs.gram.diagonal().clone()  # both streams, so far
-        self._tokens += counted.shape[0]
-        self._inputs.add(counted)
-        if target is None or same:
-            if self._target_diag is not None:
-                accumulate_gram_diag_(self._target_diag, counted)
-            return
-        other = finite_tokens(self._name, target, target_where or where)
-        if other.shape != x.shape:
-            raise InputError(
-                f"{self._name}: {where} gives {list(other.shape)} tokens in one model and"
-                f" {list(x.shape)} in the other; expected the same"
-            )
-        other = other if token_mask is None else other[token_mask]
+        self._inputs.add(x)
         if self._target_diag is not None:
-            accumulate_gram_diag_(self._target_diag, other)
-        error = other.float() - counted.float()
+            accumulate_gram_diag_(self._target_diag, x if other is None else other)
+        if other is None:
+            return
         if self._errors is None or self._cross is None:
             self._errors = _Sums.zeros(x.shape[1], x.device)
             self._cross = torch.zeros_like(self._errors.gram)
-        self._errors.add(error)
-        accumulate_cross_gram_(self._cross, error, counted)
+        for one, two in zip(other.split(CHUNK_TOKENS), x.split(CHUNK_TOKENS), strict=True):
+            error = two.to(torch.float32, copy=True).neg_().add_(one)
+            self._errors.add(error)
+            accumulate_cross_gram_(self._cross, error, two)
 
     def add_up(self, processes: Processes) -> None:
         """Add the sums of all processes up; a process that ran no batch takes part.
@@ -141,6 +168,7 @@ class MomentSums:
         """
         if processes.count == 1:
             return
+        self._add_waiting()
         with processes.exchange():
             inputs = self._inputs
             told = processes.gather(
@@ -178,6 +206,7 @@ class MomentSums:
 
     def finish(self) -> Moments | None:
         """Turn the sums into means, in place; None when no token was counted."""
+        self._add_waiting()
         if self._tokens == 0 or self._inputs is None:
             return None
         inputs, errors, tokens = self._inputs, self._errors, self._tokens
@@ -198,6 +227,7 @@ class MomentSums:
         Raises:
             InputError: no batch was added.
         """
+        self._add_waiting()
         if self._inputs is None:
             raise InputError(f"{self._name}: no batch runs through it; expected at least one")
         return {"gram": self._inputs.gram, "total": self._inputs.total}, self._tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tailor_fast._core.errors import UsageError
 from tailor_fast.checkpoint import ResumeMode
 
 Tokens = Literal["all", "answer", "official"]
@@ -18,6 +19,9 @@ class RunOptions:
         device: where models run and layers are solved, ``cpu`` or ``cuda:N``.
         max_ram: bytes that weights, statistics and activations may take together, beyond the
             program itself and its fixed work buffers (some 150 MiB); None sets no limit.
+        max_vram: bytes that all of it may take on ``device``; None takes what is free there. On a
+            CPU it rehearses: the same work is laid out as if the device had so much. Patches of
+            checkpoints alone take it.
         max_shard_bytes: size of an output file.
         overwrite: replace an existing output, once the new one is complete.
         resume: go on from what an earlier run of the same job finished, where there is one
@@ -32,6 +36,7 @@ class RunOptions:
 
     device: str = "cpu"
     max_ram: int | None = None
+    max_vram: int | None = None
     max_shard_bytes: int = 5_000_000_000
     overwrite: bool = False
     resume: ResumeMode = "auto"
@@ -39,3 +44,15 @@ class RunOptions:
     samples: int | None = 128
     max_length: int = 2048
     tokens: Tokens = "all"
+
+    def refuse_max_vram(self, job: str) -> None:
+        """Refuse a bound that nothing would keep.
+
+        Raises:
+            UsageError: ``max_vram`` is given.
+        """
+        if self.max_vram is not None:
+            raise UsageError(
+                f"{job} does not bound the memory of the device; expected max_vram None, got"
+                f" {self.max_vram}; choose a smaller batch_size"
+            )

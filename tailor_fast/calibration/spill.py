@@ -1,9 +1,10 @@
-"""Activations of suspended forward passes, moved to a file when they exceed a budget.
+"""Activations of suspended forward passes: on the device, past a budget in the machine's memory,
+past another in a file.
 
 While a lane runs, a dispatch mode notes each tensor storage that an op of the lane creates. What is
-still alive when the lane stops is what the lane needs to go on; past the budget it is written to a
-file and its storage shrunk to nothing, and read back before the lane runs again. The lanes run in a
-fixed cycle, so the lane that stopped last is the one needed last: it is the one that goes.
+still alive when the lane stops is what the lane needs to go on; past a budget it is copied away and
+its storage shrunk to nothing, and brought back before the lane runs again. The lanes run in a fixed
+cycle, so the lane that stopped last is the one needed last: it is the one that goes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tailor_fast._core.errors import StorageError
+from tailor_fast.calibration.placing import copy_to_host
 
 
 @dataclass
@@ -31,21 +33,34 @@ class _Held:
 
     live: dict[int, StorageWeakRef] = field(default_factory=dict)
     spilled: list[tuple[torch.UntypedStorage, int, int]] = field(default_factory=list)
+    parked: list[tuple[torch.UntypedStorage, torch.Tensor]] = field(default_factory=list)
     offset: int = 0
     capacity: int = 0
-    resident: int = 0
+    resident: int = 0  # bytes on the device
+    waiting: int = 0  # bytes in the machine's memory
 
 
 class ActivationSpill:
     """Keeps the activations of suspended lanes under ``budget`` bytes.
 
     Args:
-        budget: bytes that may stay in memory while lanes are suspended.
+        budget: bytes that may stay in the machine's memory while lanes are suspended.
         directory: where the file is made; it has no name there and vanishes with the process.
+        on_device: bytes that may stay where the ops made them, apart from ``budget``; None where
+            that is the machine's memory.
+
+    Attributes:
+        spilled_bytes: written to the file so far.
+        parked_bytes: copied from the device to the machine's memory so far.
+        peak_resident: most bytes of suspended lanes on the device, or in memory without one.
+        peak_waiting: most bytes of them in the machine's memory beside a device.
     """
 
-    def __init__(self, budget: int, directory: Path) -> None:
+    def __init__(self, budget: int, directory: Path, on_device: int | None = None) -> None:
         self._budget = budget
+        self._on_device = on_device
+        self.parked_bytes = 0
+        self.peak_waiting = 0
         self._lanes: dict[int, _Held] = {}
         self._owner: dict[int, int] = {}
         self._end = 0
@@ -89,23 +104,33 @@ class ActivationSpill:
             return
         storages = self._alive(held)
         held.resident = sum(storage.nbytes() for storage in storages)
-        resident = sum(other.resident for other in self._lanes.values())
-        if resident > self._budget:
-            self._write(held, storages)
+        lanes = self._lanes.values()
+        resident = sum(other.resident for other in lanes)
+        if resident > (self._budget if self._on_device is None else self._on_device):
             resident -= held.resident
+            waiting = sum(other.waiting for other in lanes) + held.resident
+            if self._on_device is not None and waiting <= self._budget:
+                self._park(held, storages)
+                self.peak_waiting = max(self.peak_waiting, waiting)
+            else:
+                self._write(held, storages)
             held.resident = 0
         self.peak_resident = max(self.peak_resident, resident)
 
     def restore(self, lane: int) -> None:
-        """Read the lane's storages back; nothing happens when they are in memory."""
+        """Bring the lane's storages back; nothing happens when they are there."""
         held = self._lanes.get(lane)
-        if held is None or not held.spilled:
+        if held is None:
             return
         for storage, offset, size in held.spilled:
             storage.resize_(size)
             self._transfer(storage, offset, write=False)
             held.resident += size
-        held.spilled = []
+        for storage, host in held.parked:
+            storage.resize_(host.numel())
+            _bytes(storage).copy_(host)
+            held.resident += host.numel()
+        held.spilled, held.parked, held.waiting = [], [], 0
 
     def _alive(self, held: _Held) -> list[torch.UntypedStorage]:
         storages = []
@@ -118,6 +143,13 @@ class ActivationSpill:
             if storage is not None and storage.nbytes() and storage.resizable():
                 storages.append(storage)
         return storages
+
+    def _park(self, held: _Held, storages: list[torch.UntypedStorage]) -> None:
+        for storage in storages:
+            held.parked.append((storage, copy_to_host(_bytes(storage))))
+            storage.resize_(0)
+        held.waiting = held.resident
+        self.parked_bytes += held.resident
 
     def _write(self, held: _Held, storages: list[torch.UntypedStorage]) -> None:
         total = sum(storage.nbytes() for storage in storages)
@@ -134,7 +166,7 @@ class ActivationSpill:
         self.spilled_bytes += total
 
     def _transfer(self, storage: torch.UntypedStorage, offset: int, *, write: bool) -> None:
-        words = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        words = _bytes(storage)
         host = words if words.device.type == "cpu" else words.cpu()
         # Not through numpy, which would forbid ever resizing the storage.
         view = memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())).cast("B")
@@ -155,6 +187,10 @@ class ActivationSpill:
             ) from error
         if not write and host is not words:
             words.copy_(host)
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class _Tracker(TorchDispatchMode):

@@ -18,6 +18,7 @@ import torch
 
 from tailor_fast._core.errors import InputError
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
+from tailor_fast.calibration.prepared import is_prepared
 from tailor_fast.checkpoint import (
     Checkpoint,
     Layout,
@@ -182,8 +183,12 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether ``path`` is a safetensors file, rather than samples in JSON lines."""
-    return path.suffix == ".safetensors"
+    """Whether ``path`` is a safetensors file of statistics, rather than samples of any form.
+
+    Raises:
+        InputError: it is a safetensors file that cannot be read.
+    """
+    return path.suffix == ".safetensors" and not is_prepared(path)
 
 
 def _parse(checkpoint: Checkpoint) -> StatisticsHeader:

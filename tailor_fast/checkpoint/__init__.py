@@ -30,6 +30,7 @@ from tailor_fast.checkpoint.errors import (
 )
 from tailor_fast.checkpoint.hashed import Hashed
 from tailor_fast.checkpoint.hashing import HashName, TensorHasher, checkpoint_root
+from tailor_fast.checkpoint.held import Held
 from tailor_fast.checkpoint.hub import is_hub_name, local_path
 from tailor_fast.checkpoint.journal import Resume, ResumeMode
 from tailor_fast.checkpoint.pair import Joined, Origin, Side, join_pair, match_pair, refuse_shape
@@ -62,6 +63,7 @@ __all__ = [
     "FileRecord",
     "HashName",
     "Hashed",
+    "Held",
     "IncompleteError",
     "Joined",
     "Layout",

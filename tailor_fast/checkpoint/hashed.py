@@ -24,6 +24,7 @@ class Hashed:
         checkpoint: what is read.
         base: what a view is made of, hashed on its own.
         shared: tensors that are the base's own words, so that one reading serves both.
+        digests: what is known already; filled in.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Hashed:
         *,
         base: Hashed | None = None,
         shared: Collection[str] = (),
+        digests: dict[str, str] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self._base = base
         self._shared = frozenset(shared)
-        self.digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {} if digests is None else digests
         self._begun: dict[str, tuple[TensorHasher, int]] = {}  # and how many bytes it has seen
 
     def read(self, name: str) -> torch.Tensor:

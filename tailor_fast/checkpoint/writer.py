@@ -191,6 +191,14 @@ class StagedFile(Staged):
         staging = Staging(out, directory=False, overwrite=overwrite, inputs=inputs)
         super().__init__(staging, layout, hash, drop_cache=drop_cache)
 
+    @staticmethod
+    def check(out: AnyPath, *, overwrite: bool = False, inputs: Iterable[AnyPath] = ()) -> None:
+        """Check that a file could be made there, and leave everything as it is.
+
+        For long work at whose end its layout is known. Args and errors as for the constructor.
+        """
+        Staging(out, directory=False, overwrite=overwrite, inputs=inputs, probe=True).discard()
+
     def commit(self) -> None:
         """Finish the file and give it its name in one step; errors as ``StagedCheckpoint``."""
         self.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -91,18 +92,22 @@ def _show_plans(jobs: Sequence[JobSpec], options: BatchCommandOptions) -> int:
     from tailor_fast.cli.tables import share, show, shown_size, table
 
     rows: list[tuple[object, ...]] = []
-    problems, disk = [], 0
-    for job, found in plan_batch(jobs, overwrite=options.overwrite):
+    problems, disk, notes = [], 0, Counter[str]()
+    plans = plan_batch(jobs, overwrite=options.overwrite, cluster=options.ray is not None)
+    for job, found in plans:
         if isinstance(found, TailorError):
             rows.append((job.label, "fails", "-", "-", "-", "-"))
             problems.append(f"{job.label}: {found}")
             continue
         disk += found.disk
+        notes.update(found.notes)
         kept = share(found.kept, found.weights)
         sizes = (shown_size(found.ram), shown_size(found.disk))
         rows.append((job.label, "ready", len(found.layers), kept, *sizes))
     show(table(("model", "state", "layers", "kept", "memory", "disk"), rows))
     show(f"\n{len(jobs) - len(problems)} of {len(jobs)} ready, {shown_size(disk)} of disk")
+    for note, count in notes.items():
+        show(f"{count} job{'s' if count > 1 else ''}: {note}")
     for problem in problems:
         show(problem)
     return FAILED if problems else 0

@@ -24,10 +24,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(BatchOptions, Quietable):
-    """``MODEL --data DATA.jsonl -o STATS``."""
+    """``MODEL --data DATA -o STATS``."""
 
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint or adapter directory.")]
-    data: Annotated[Path, typer.Option(metavar="DATA.jsonl", help="Samples to run through it.")]
+    data: Annotated[
+        Path,
+        typer.Option(metavar="DATA", help="Samples to run through it: JSON lines or batches."),
+    ]
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STATS", help="File to write.")]
     base: Annotated[
         Path | None,

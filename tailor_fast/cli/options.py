@@ -274,13 +274,18 @@ class DataOptions:
 
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="DATA.jsonl", help="Samples of the new task.", rich_help_panel=_DATA),
+        typer.Option(
+            metavar="DATA",
+            help="Samples of the new task: JSON lines, or prepared batches (.safetensors, or a"
+            " directory of them).",
+            rich_help_panel=_DATA,
+        ),
     ] = None
     retain: Annotated[
         Path | None,
         typer.Option(
-            metavar="OLD.jsonl|STATS",
-            help="Samples of old tasks, or their statistics.",
+            metavar="OLD|STATS",
+            help="Samples of old tasks in the same forms, or their statistics.",
             rich_help_panel=_DATA,
         ),
     ] = None

@@ -23,6 +23,15 @@ class PlanOptions(RecipeOptions, DataOptions, BatchOptions, Quietable):
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="OUT", help="Directory of the patched model.")
     ]
+    max_vram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The same on the GPU; on a CPU it rehearses a GPU of that size.",
+            show_default="what is free",
+            rich_help_panel="The run",
+        ),
+    ] = None
 
 
 def plan(options: PlanOptions) -> None:
@@ -70,6 +79,10 @@ def _show(planned: PatchPlan, options: PlanOptions) -> None:
     )
     if options.calibration is not None:
         memory += "; activations come on top"
+    device = None
+    if planned.device is not None:
+        stages = (f"{s.name} {shown_size(s.bytes)} ({s.layer})" for s in planned.device.stages)
+        device = f"{shown_size(planned.device.largest.bytes)}: {', '.join(stages)}"
     show("")
     show(
         facts(
@@ -78,6 +91,7 @@ def _show(planned: PatchPlan, options: PlanOptions) -> None:
                 "recipe": recipe,
                 "kept": f"at most {planned.kept:,} of {planned.weights:,} weights",
                 "memory": memory,
+                "device": device,
                 "disk": shown_size(planned.disk),
                 "notes": "\n".join(planned.notes) or None,
             }

@@ -67,6 +67,7 @@ def run_options(options: BatchOptions, processes: Processes = ALONE) -> RunOptio
     """
     from tailor_fast.calibration.options import RunOptions
     from tailor_fast.checkpoint import parse_size
+    from tailor_fast.cli.plan import PlanOptions
 
     given: dict[str, Any] = {
         "samples": options.samples,
@@ -75,6 +76,8 @@ def run_options(options: BatchOptions, processes: Processes = ALONE) -> RunOptio
         "tokens": options.tokens and options.tokens.value,
         "max_ram": options.max_ram and parse_size(options.max_ram),
     }
+    if isinstance(options, PlanOptions):
+        given["max_vram"] = options.max_vram and parse_size(options.max_vram)
     if isinstance(options, DataOptions):
         given["max_shard_bytes"] = options.out_shard_size and parse_size(options.out_shard_size)
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -27,7 +27,7 @@ from tailor_fast.checkpoint import (
     open_checkpoint,
     plan_layout,
 )
-from tailor_fast.models import map_keys
+from tailor_fast.models import map_keys, refuse_fused, split_experts
 from tailor_fast.patchfile import diff_checkpoints
 from tailor_fast.patchfile.diffing import check_name
 from tailor_fast.patching import Tailored
@@ -68,7 +68,8 @@ class Destination:
             remedy = "choose another place, or allow it to be overwritten"
             raise OutputExistsError("exists already", path=self.patch, remedy=remedy)
         with open_checkpoint(self.base) as base:
-            self._keys(base, model)
+            with split_experts(model):
+                self._keys(base, model)
             layout, inputs = _layout(base), base.input_paths
         StagedCheckpoint.check(self.out, layout, overwrite=self._overwrite, inputs=inputs)
 
@@ -84,7 +85,7 @@ class Destination:
             InputError, OutputError, StorageError: as for ``patch_checkpoint``.
         """
         model: PreTrainedModel = result.model  # type: ignore[assignment]  # checked by `check`
-        with open_checkpoint(self.base) as base:
+        with open_checkpoint(self.base) as base, split_experts(model, tuned):
             state = self._keys(base, model)
             for row in result.report.linears:
                 row.tensor = state[f"{row.name}.weight"]
@@ -118,6 +119,7 @@ class Destination:
         """State-dict name -> name on disk, for every tensor of the model that has one."""
         remedy = "save the tuned model and use `tailor-fast patch`, or name the right base"
         keys = map_keys(model, base.tensors, str(self.base))
+        refuse_fused(model, keys, str(self.base))
         for name, tensor in model.named_parameters(remove_duplicate=False):
             info = base.tensors.get(keys.get(name, ""))
             if info is None or tuple(tensor.shape) != info.shape:

@@ -27,7 +27,7 @@ def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
     generated, and the logits of a whole batch are larger than everything else.
     """
     accepts = inspect.signature(model.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in accepts else {}
+    extra = {"use_cache": False} if "use_cache" in accepts or _hands_on(model, accepts) else {}
 
     def call(module: nn.Module, batch: Any) -> object:
         try:
@@ -42,6 +42,13 @@ def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
             return None
 
     return call
+
+
+def _hands_on(model: nn.Module, accepts: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether the model hands keywords on to a language model that would keep a cache."""
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
+    get_text = getattr(getattr(model, "config", None), "get_text_config", None)
+    return open_ended and callable(get_text) and getattr(get_text(), "use_cache", None) is not None
 
 
 @contextmanager

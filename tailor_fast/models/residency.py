@@ -6,7 +6,7 @@ entered. With all forward passes held at the block's entry, each block is loaded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,10 +62,30 @@ class Residency:
 
     @classmethod
     def unit_sizes(cls, model: nn.Module) -> dict[str, int]:
-        """Number of parameters in each unit of ``model``."""
+        """Number of parameters in each unit of ``model`` but its output head, which never runs."""
         plain = cls(model, lambda _name: None)
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
         return {
-            unit: sum(slot.empty.numel() for slot in slots) for unit, slots in plain._units.items()
+            unit: sum(slot.empty.numel() for slot in slots)
+            for unit, slots in plain._units.items()
+            if any(slot.module is not head for slot in slots)
+        }
+
+    @classmethod
+    def most_resident(cls, model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+        """Most parameters that are resident while the layers ``names`` run.
+
+        In a block, those of the block: whatever was loaded before leaves when it is entered. What
+        runs between two blocks may come on top of the larger one.
+        """
+        plain, sizes = cls(model, lambda _name: None), cls.unit_sizes(model)
+        between = sum(size for unit, size in sizes.items() if unit not in plain.blocks)
+        largest = max((sizes[block] for block in plain.blocks), default=0)
+        always = sum(sizes[unit] for unit in plain._permanent)
+        return {
+            name: largest + between if block is None else sizes[block] + always
+            for name, block in blocks_of(model, names).items()
         }
 
     @property

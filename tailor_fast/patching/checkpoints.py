@@ -159,9 +159,11 @@ def _check_data(sources: Sources, request: Request) -> None:
         return
     model = skeleton_of(sources.tuned)
     processor = sources.tuned.checkpoint.processor_directory or request.tuned
-    for path in (request.calibration, request.retain):
-        if path is not None and not is_statistics(path):
-            read_data(path, processor, model, request.options, torch.device("cpu"))
+    paths = [request.calibration]
+    if request.retain is not None and not is_statistics(request.retain):
+        paths.append(request.retain)
+    for path in paths:
+        read_data(path, processor, model, request.options, torch.device("cpu"))
 
 
 def _job(

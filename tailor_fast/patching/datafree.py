@@ -138,6 +138,7 @@ class DataFree:
             recipe.density,
             salience_weight=1.0,
             normalize="none" if plain else recipe.normalize,
+            memory=self._memory.keys,
         )
 
     def _parts(self, names: Iterable[str]) -> Iterator[Part]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from tailor_fast._core.machine import naming
 from tailor_fast.calibration.collect import Collector, Streams
 from tailor_fast.calibration.groups import Groups
 from tailor_fast.calibration.lockstep import Lockstep, Site
 from tailor_fast.calibration.moments import Moments
+from tailor_fast.calibration.placing import ON_DEVICE, Placement
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.models import blocks_of
 from tailor_fast.patching.solver import AnyMoments, Solver
@@ -40,6 +42,7 @@ class Engine:
         old_moments: gives a group's old-task moments where they come from a file.
         progress: called after each site.
         spill: keeps suspended activations under a budget; None keeps them in memory.
+        placement: where matrices wait.
 
     The processes of ``solver`` walk together, each over its own batches.
     """
@@ -51,12 +54,13 @@ class Engine:
     old_moments: OldMoments | None = None
     progress: Progress = silent
     spill: ActivationSpill | None = None
+    placement: Placement = ON_DEVICE
     _collector: Collector = field(init=False)
     _repeated: dict[str, _Pair] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         model = self.streams.tuned.model
-        self._collector = Collector(model, self.groups, self.solver.processes)
+        self._collector = Collector(model, self.groups, self.solver.processes, self.placement)
 
     def run(self) -> None:
         """Patch every target, in call order."""
@@ -114,7 +118,7 @@ class Engine:
         if streams is self.streams and self.solver.finished(site.modules):
             lockstep.gather(site)
             return None, None
-        with self.solver.report.timed("statistics"):
+        with self.solver.report.timed("statistics"), naming("statistics", site.modules[0]):
             new, old = self._collector.both(lockstep, site, streams)
         return new, self._old(site.modules, old)
 

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tailor_fast._core.extension import load_extension
 from tailor_fast.calibration.moments import Moments
+from tailor_fast.ops.damping import damping_of
+
+_PANEL = 2048  # rows of a matrix in the host's memory that are on the device at a time
+_INNER_ELEMENTS = 1 << 20  # of an inner product that are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,9 @@ class System:
     retain_scale: float
 
 
-def damping_of(diag: torch.Tensor, percdamp: float) -> float:
-    """λ: ``percdamp`` times the mean of a Gram's diagonal; 1 for zeros, where any λ serves."""
-    value = percdamp * diag.double().mean().item()
-    return value if value > 0.0 else 1.0
+def positive_damping(diag: torch.Tensor, percdamp: float) -> float:
+    """λ of a Gram's diagonal; 1 where that is 0: for inputs that were never seen any λ serves."""
+    return damping_of(diag, percdamp) or 1.0
 
 
 def retain_scale(new: Moments, old: Moments, weight: float, damping: float) -> float:
@@ -68,6 +72,8 @@ class Equations:
         old: moments of (base model, patched model) on old tasks; None without retention.
         percdamp: λ as a share of the new task's mean diagonal.
         retain_weight: β.
+        over_old: write ``gram`` into ``old.gram``, of which nothing else needs the words: one
+            matrix less.
 
     Attributes:
         damping: λ.
@@ -76,16 +82,23 @@ class Equations:
     """
 
     def __init__(
-        self, new: Moments, old: Moments | None, percdamp: float, retain_weight: float
+        self,
+        new: Moments,
+        old: Moments | None,
+        percdamp: float,
+        retain_weight: float,
+        *,
+        over_old: bool = False,
     ) -> None:
-        self.damping = damping_of(new.diag, percdamp)
+        self.damping = positive_damping(new.diag, percdamp)
         self.retain_scale = (
             0.0 if old is None else retain_scale(new, old, retain_weight, self.damping)
         )
         self._new, self._old = new, old if self.retain_scale > 0.0 else None
         self.gram = new.gram
         if self._old is not None:
-            self.gram = torch.add(new.gram, self._old.gram, alpha=self.retain_scale)
+            out = self._old.gram if over_old else torch.empty_like(new.gram)
+            self.gram = torch.add(new.gram, self._old.gram, alpha=self.retain_scale, out=out)
 
     def system(self, layer: Layer) -> System:
         """Form the equations of some rows of a layer."""
@@ -140,15 +153,15 @@ def answer_terms(
     if delta is None:
         rhs = torch.zeros_like(weight)
     else:
-        rhs = delta @ m.gram
+        rhs = _product(delta, m.gram)
         energy += _inner(rhs, delta)
         mean += delta @ m.mean
     if m.cross is not None and m.error_gram is not None and m.error_mean is not None:
-        moved = weight @ m.cross
+        moved = _product(weight, m.cross)
         if delta is not None:
             energy += 2.0 * _inner(moved, delta)
         rhs += moved
-        energy += _inner(weight @ m.error_gram, weight)
+        energy += _energy(weight, m.error_gram)
         mean += weight @ m.error_mean
     if shift is not None:
         rhs.addr_(shift, m.mean)
@@ -156,5 +169,40 @@ def answer_terms(
     return rhs, energy
 
 
+def _product(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``W M`` of a ``matrix`` that may lie in the host's memory: panel by panel."""
+    if weight.device.type == "cpu":
+        return _multiply(weight, matrix)
+    out = torch.zeros_like(weight)
+    for begin in range(0, len(matrix), _PANEL):
+        rows = slice(begin, begin + _PANEL)
+        out.addmm_(weight[:, rows], matrix[rows].to(weight.device))
+    return out
+
+
+def _energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """``<W G, W>`` of a symmetric ``gram``, which may lie in the host's memory: panel by panel."""
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for begin in range(0, len(gram), _PANEL):
+        columns = slice(begin, begin + _PANEL)
+        panel = gram[columns].to(weight.device)
+        total += _inner(_multiply(weight, panel.t()), weight[:, columns])
+    return total
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b``, on the CPU as the native ops multiply."""
+    if a.device.type != "cpu" or isinstance(load_extension(), ImportError):
+        return a @ b
+    from tailor_fast.ops.gemm import product
+
+    return product(a, b)
+
+
 def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.double() * b.double()).sum()
+    """``<a, b>`` in float64, some rows at a time: the copies are twice the size of both."""
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    step = max(1, _INNER_ELEMENTS // max(1, a.shape[-1]))
+    for mine, other in zip(a.split(step), b.split(step), strict=True):
+        total += (mine.double() * other.double()).sum()
+    return total

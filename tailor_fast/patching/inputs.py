@@ -60,7 +60,7 @@ def resolve(recipe: Recipe, given: Given, report: Report) -> Recipe:
             "retain statistics are of kind 'diag'; decorate 'exact' needs the whole Gram; calibrate"
             " with kind 'full'"
         )
-    recipe = _with_refits(recipe, given, report)
+    recipe = with_refits(recipe, report, old=given.old)
     if given.samples and given.old_statistics is not None and recipe.propagate == "asymmetric":
         report.notes.append(
             "retain statistics: the patched model's inputs on old tasks are taken to be the base"
@@ -74,11 +74,12 @@ def resolve(recipe: Recipe, given: Given, report: Report) -> Recipe:
     return recipe
 
 
-def _with_refits(recipe: Recipe, given: Given, report: Report) -> Recipe:
+def with_refits(recipe: Recipe, report: Report, *, old: bool) -> Recipe:
+    """Settle the number of refits by whether there is old-task data; say so in the report."""
     if recipe.refits is not None:
         return recipe
     refits = 0
-    if recipe.decorate == "exact" and given.old and not SCORE & recipe.model_fields_set:
+    if recipe.decorate == "exact" and old and not SCORE & recipe.model_fields_set:
         refits = DEFAULT_REFITS
         report.notes.append(f"old-task data: the mask is chosen in {refits} refits, not by a score")
     return recipe.model_copy(update={"refits": refits})

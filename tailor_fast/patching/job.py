@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,15 @@ from tailor_fast.calibration.groups import discover
 from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.calibration.spill import ActivationSpill
+from tailor_fast.calibration.placing import ON_DEVICE
 from tailor_fast.calibration.statfile import Statistics, is_statistics, open_statistics
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
-from tailor_fast.checkpoint import Layout, Resume, StagedCheckpoint, plan_layout
+from tailor_fast.checkpoint import Held, Layout, Resume, StagedCheckpoint, plan_layout
 from tailor_fast.models import Target, caller
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
+from tailor_fast.patching.fitting import fit_device, spill_of
+from tailor_fast.patching.holding import hold_base
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.memory import divide_memory
 from tailor_fast.patching.pipeline import Writer
@@ -61,6 +63,7 @@ class Job:
     Args:
         request: what was asked for.
         progress: told about each step.
+        held: keeps what is read of the base for the next run.
 
     Attributes:
         recipe: as it is run with the data at hand.
@@ -68,8 +71,11 @@ class Job:
         processes: do the run together; process 0 writes.
     """
 
-    def __init__(self, request: Request, progress: Progress | None) -> None:
+    def __init__(
+        self, request: Request, progress: Progress | None, held: Held | None = None
+    ) -> None:
         self.request = request
+        self._held = held
         self.progress = progress or Silent()
         self.processes = ALONE
         self.report = Report(request.recipe.model_dump())
@@ -103,11 +109,9 @@ class Job:
                 self._old_statistics = stack.enter_context(open_statistics(request.retain))
             self.recipe = resolve(request.recipe, self._given(), self.report)
             runs_model = request.calibration is not None
-            sources = stack.enter_context(
-                open_sources(
-                    request.base, request.tuned, self.recipe, runs_model=runs_model, joins=True
-                )
-            )
+            pair = (request.base, request.tuned, self.recipe)
+            opened = open_sources(*pair, runs_model=runs_model, joins=True, held=self._held)
+            sources = stack.enter_context(opened)
             infos = sources.joined.tensors.values()
             shard = request.options.max_shard_bytes
             yield sources, plan_layout(infos, max_shard_bytes=shard)
@@ -129,6 +133,11 @@ class Job:
             notes=self.report.notes,
         )
         with_data = self.request.calibration is not None or self._statistics is not None
+        if with_data:
+            data = (self.request.calibration, self.request.retain)
+            known = (plan, self.recipe, self._given(), self.request.options, data)
+            fitted = fit_device(sources, *known, self.processes.share, self.report.notes)
+            plan = replace(plan, device=fitted)
         return check_plan(plan, self.request.options, with_data=with_data)
 
     def resume(self, sources: Sources, layout: Layout) -> Resume:
@@ -145,6 +154,7 @@ class Job:
         """Write every tensor of the output; the last may be on their way to disk at the end."""
         plan = self.plan(sources, staged.layout)
         self.report.notes[:] = plan.notes
+        hold_base(self._held, plan, self.request.options, self.report.notes.append)
         if ledger.earlier:
             note = f"{len(ledger.earlier)} of {len(staged.layout.tensors)} tensors"
             self.report.notes.append(f"{note} were finished by an earlier run")
@@ -209,6 +219,8 @@ class Job:
         targets = {name: layer.target for name, layer in named.items()}
         units = self._units(sources, targets)
         solver = Solver(self.recipe, weights, targets, units, self.report, processes)
+        if plan.device is not None:
+            solver.solved_at_once = plan.device.placement.solved_at_once
         if processes.rank == 0:
             self._check_statistics(sources)
         if self._statistics is None:
@@ -300,10 +312,13 @@ class Job:
             groups = discover(streams.tuned, weights.layers, blocks, self.processes)
             tuned.residency.release()
             self.progress.start(len(groups.sites))
-            engine = Engine(solver, groups, streams, by_block=recipe.group == "block")
+            placement = ON_DEVICE if plan.device is None else plan.device.placement
+            by_block = recipe.group == "block"
+            engine = Engine(solver, groups, streams, by_block, placement=placement)
             if self._old_statistics is not None:
                 engine.old_moments = self._old_moments
-            engine.spill = self._spill(plan, stack)
+            kept = self._held.kept_bytes if self._held else 0
+            engine.spill = spill_of(stack, plan, self.request.options, kept, self.request.out)
             engine.progress = self._told(weights)
             engine.run()
 
@@ -319,14 +334,6 @@ class Job:
         if data.note:
             self.report.notes.append(data.note)
         return data.batches, data.first
-
-    def _spill(self, plan: PatchPlan, stack: ExitStack) -> ActivationSpill | None:
-        limit = self.request.options.max_ram
-        if limit is None:
-            return None
-        spill = ActivationSpill(limit - plan.ram, self.request.out.absolute().parent)
-        stack.callback(spill.close)
-        return spill
 
     def _told(self, weights: StreamedWeights) -> Callable[[str, int, int], None]:
         sizes = weights.sources.tuned.checkpoint.tensors

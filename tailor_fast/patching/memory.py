@@ -20,6 +20,9 @@ SOLVERS = 2  # layers that are solved side by side
 _PARTS = 8  # that the ring holds at least of a layer that streams through it
 # What select takes per element beside the pair: the mask, and candidates of its threshold.
 _SELECT_BYTES = 1.25
+# A threshold that spans parts takes candidates from all of them, and room to sift some.
+KEYS_BYTES, _SIFT_BYTES = 64 << 20, 32 << 20
+_KEYS_SHARE = 8  # of a limit, at most one part in so many is for candidates
 # Digests, headers, stacks of threads, pieces in flight, scratch, the picture.
 FIXED_BYTES = 16 << 20
 
@@ -31,10 +34,12 @@ class Memory:
     Attributes:
         ring: for what is on its way between the files.
         beside: for solving the largest part of a layer, and for what reading takes.
+        keys: of ``beside``, for candidates of a threshold that spans parts.
     """
 
     ring: int
     beside: int
+    keys: int
 
     @property
     def total(self) -> int:
@@ -50,9 +55,12 @@ def divide_memory(sources: Sources, recipe: Recipe, limit: int | None) -> Memory
     whole = sum(2 * aligned(info.nbytes) for info in sources.joined.tensors.values())
     wanted = max(LEAST_RING_BYTES, _LAYERS * max(_pair_bytes(sources, layer) for layer in layers))
     ring = max(least, min(RING_BYTES, wanted, whole))
+    keys = KEYS_BYTES if limit is None else min(KEYS_BYTES, limit // _KEYS_SHARE)
     while True:
         beside = reading + max(_beside(sources, layer, ring) for layer in layers)
-        memory = Memory(ring, beside)
+        if _spans_parts(sources, recipe, ring):
+            beside += keys + min(_SIFT_BYTES, 2 * keys)
+        memory = Memory(ring, beside, keys)
         if limit is None or memory.total <= limit or ring == least:
             return memory
         ring = max(least, aligned(ring * 7 // 8))
@@ -79,6 +87,14 @@ def copy_parts(sources: Sources, name: str) -> Iterator[Part]:
 def is_cut(sources: Sources, layer: LayerOnDisk, ring: int) -> bool:
     """Whether a layer is worked on some rows at a time, because the ring does not hold it."""
     return _rows_at_once(sources, layer, ring) < layer.shape[0]
+
+
+def _spans_parts(sources: Sources, recipe: Recipe, ring: int) -> bool:
+    """Whether a threshold is sought that several parts, or several layers, have in common."""
+    if recipe.scope in ("layer", "global"):
+        return True
+    cut = (layer for layer in sources.layers if is_cut(sources, layer, ring))
+    return recipe.scope == "tensor" and any(layer.slices == 1 for layer in cut)
 
 
 def _streams(layer: LayerOnDisk, recipe: Recipe) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from tailor_fast.calibration.streamed import run_dtype, skeleton_of
 from tailor_fast.checkpoint import Layout
 from tailor_fast.models import Residency
 from tailor_fast.ops.select import kept_count
+from tailor_fast.patching.device import DevicePlan
 from tailor_fast.patching.inputs import Given
 from tailor_fast.patching.memory import FIXED_BYTES, divide_memory
 from tailor_fast.patching.recipe import Recipe
@@ -27,7 +28,7 @@ _FP32 = 4
 # moment; more of it with retention; and matrices of the Gram's size while scores are prepared. An
 # exact solve takes them for the rows that it works on at once, and for the whole layer the mask.
 _PLAIN_BYTES = 40
-_SYSTEM_BYTES = 77
+_SYSTEM_BYTES = 57
 _RETAIN_BYTES = 16
 _FACTORS = 4
 _MASK_BYTES = 1
@@ -59,6 +60,7 @@ class PatchPlan:
         ram: the two together; activations come on top, up to ``--max-ram``.
         ram_peak: with fixed buffers.
         notes: what was decided, a sentence each.
+        device: memory of the device, stage by stage; None where nothing bounds it.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -69,6 +71,7 @@ class PatchPlan:
     ram_weights: int
     ram_solve: int
     notes: tuple[str, ...]
+    device: DevicePlan | None = None
 
     @property
     def ram(self) -> int:
@@ -111,10 +114,8 @@ def make_plan(
         for layer in sources.layers
     )
     if given.samples or given.statistics is not None:
-        weights = _resident_weights(sources, recipe, given.old) if given.samples else 0
-        solve = sources.tuned.checkpoint.reading_bytes + max(
-            _solve_bytes(sources, layer, recipe, given, device) for layer in layers
-        )
+        weights, solve = max(_phases(sources, layers, recipe, given, device), key=sum)
+        solve += sources.tuned.checkpoint.reading_bytes
     else:
         memory = divide_memory(sources, recipe, max_ram)
         weights, solve = memory.ring, memory.beside
@@ -142,19 +143,37 @@ def check_plan(plan: PatchPlan, options: RunOptions, *, with_data: bool) -> Patc
         The plan, with a note where less is free at the moment than it takes.
 
     Raises:
-        UsageError: more than ``options.max_ram``, the machine's memory, or the GPU's.
+        UsageError: more than ``options.max_ram``, ``options.max_vram``, the machine's memory, or
+            the GPU's.
     """
     limit, device = options.max_ram, torch.device(options.device)
-    if limit is not None and plan.ram > limit:
+    taken = host_bytes(plan, device)
+    if limit is not None and taken > limit:
         raise UsageError(
             f"max_ram of {limit} bytes is too little: the largest block and its statistics take"
-            f" {plan.ram}; expected more, or fewer layers (`targets`), or propagate 'none'"
+            f" {taken}; expected more, or fewer layers (`targets`), or propagate 'none'"
         )
-    # Blocks pass through the machine's memory on their way to a GPU.
-    need = plan.ram_peak if device.type == "cpu" else plan.ram_peak - plan.ram_solve
-    told = check_memory(need, limit)
-    told += check_device_memory(plan.ram if with_data else plan.ram_solve, device)
+    told = check_memory(taken + FIXED_BYTES, limit)
+    on_device = plan.ram if with_data else plan.ram_solve
+    if plan.device is not None:
+        on_device = plan.device.largest.bytes
+    if options.max_vram is not None and on_device > options.max_vram:
+        raise UsageError(
+            f"max_vram of {options.max_vram} bytes is too little: the largest layer takes"
+            f" {on_device}; expected more, or fewer layers (`targets`)"
+        )
+    told += check_device_memory(on_device, device)
     return replace(plan, notes=(*plan.notes, *told))
+
+
+def host_bytes(plan: PatchPlan, device: torch.device) -> int:
+    """Bytes of the machine's memory that do not depend on the data, without fixed buffers.
+
+    Blocks pass through it on their way to a GPU, and what is solved there waits in it.
+    """
+    if device.type == "cpu":
+        return plan.ram
+    return plan.ram_weights + (0 if plan.device is None else plan.device.host)
 
 
 def _kept(layer: LayerOnDisk, recipe: Recipe) -> int:
@@ -163,14 +182,24 @@ def _kept(layer: LayerOnDisk, recipe: Recipe) -> int:
     return layer.slices * kept_count(weights // layer.slices, density)
 
 
-def _resident_weights(sources: Sources, recipe: Recipe, retains: bool) -> int:
-    """The largest unit that is resident, once per model whose passes are in flight."""
-    model = skeleton_of(sources.tuned)
-    size = run_dtype(model).itemsize
-    largest = max(Residency.unit_sizes(model).values(), default=0)
-    paired = recipe.propagate == "asymmetric" and recipe.decorate == "exact"
-    models = 1 + paired + retains
-    return largest * size * models
+def _phases(
+    sources: Sources,
+    layers: Sequence[PlannedLayer],
+    recipe: Recipe,
+    given: Given,
+    device: str,
+) -> Iterator[tuple[int, int]]:
+    """Resident weights, and what is beside them, while each layer is solved and before."""
+    resident = dict.fromkeys((layer.name for layer in layers), 0)
+    if given.samples:
+        model = skeleton_of(sources.tuned)
+        paired = recipe.propagate == "asymmetric" and recipe.decorate == "exact"
+        words = run_dtype(model).itemsize * (1 + paired + given.old)
+        most = Residency.most_resident(model, resident)
+        resident = {name: words * count for name, count in most.items()}
+        yield words * max(Residency.unit_sizes(model).values(), default=0), 0
+    for layer in layers:
+        yield resident[layer.name], _solve_bytes(sources, layer, recipe, given, device)
 
 
 def _solve_bytes(

@@ -9,7 +9,7 @@ the cost of removing one weight says little about removing most of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class Exact:
 
 def refit_mask(
     mask: torch.Tensor,
-    exact: Exact,
+    tiles: Sequence[Exact],
     recipe: Recipe,
     share: tuple[Sequence[slice], Processes],
     where: str,
@@ -67,7 +67,7 @@ def refit_mask(
 
     Args:
         mask: bool ``[rows, cols]``, the mask by score; of it, only the count is used.
-        exact: the problem of this process's rows.
+        tiles: the problem of this process's rows, some rows after the other.
         recipe: number of steps, scope, density.
         share: the rows of each process, and the processes.
         where: the layer's name, for its density and for messages.
@@ -84,22 +84,51 @@ def refit_mask(
     recipe = recipe.of(where)
     parts, processes = share
     own = parts[processes.rank]
-    delta, system = exact.delta, exact.system
-    factor = factor_of(system.gram, system.damping, where)
-    cost = inverse_diagonal(factor).reciprocal_().float()
-    if system.rhs is None:
-        patch = delta  # then the minimiser over every weight is the delta
-    else:
-        rhs = system.rhs.add(delta, alpha=system.damping).to(factor.dtype)
-        patch = torch.cholesky_solve(rhs.t(), factor).t().float()
-    del factor
+    cost, patches = _from_everything(tiles, where)
     chosen, steps = mask, recipe.refits or 1
     for step in range(1, steps + 1):
         if step > 1:
-            patch = exact.solve(chosen[own]).patch
-        scores = _whole(patch.square().mul_(cost), mask.shape, parts, processes)
-        chosen = _best(scores, kept, step / steps, recipe)
+            patches = _refitted(tiles, chosen[own])
+        scores = torch.empty(chosen[own].shape, device=mask.device)
+        for rows, patch in zip(_rows(tiles), patches, strict=True):
+            torch.mul(patch.square(), cost, out=scores[rows])
+        del patches, patch  # the last tile's, which selection has no use for
+        chosen = _best(_whole(scores, mask.shape, parts, processes), kept, step / steps, recipe)
     return chosen
+
+
+def _rows(tiles: Sequence[Exact]) -> Iterator[slice]:
+    """Where each tile lies among this process's rows."""
+    end = 0
+    for tile in tiles:
+        begin, end = end, end + len(tile.delta)
+        yield slice(begin, end)
+
+
+def _refitted(tiles: Sequence[Exact], mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The minimiser on ``mask``, tile by tile."""
+    for tile, rows in zip(tiles, _rows(tiles), strict=True):
+        yield tile.solve(mask[rows]).patch
+
+
+def _from_everything(
+    tiles: Sequence[Exact], where: str
+) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
+    """``1 / [A⁻¹]_jj`` fp32 ``[cols]``, and the minimiser over every weight, tile by tile."""
+    system = tiles[0].system
+    factor = factor_of(system.gram, system.damping, where)
+    cost = inverse_diagonal(factor).reciprocal_().float()
+    if system.rhs is None:
+        return cost, (tile.delta for tile in tiles)  # which is then the minimiser
+    return cost, (_solved_with(factor, tile) for tile in tiles)
+
+
+def _solved_with(factor: torch.Tensor, tile: Exact) -> torch.Tensor:
+    if tile.system.rhs is None:
+        return tile.delta
+    rhs = tile.system.rhs.add(tile.delta, alpha=tile.system.damping).to(factor.dtype)
+    patch: torch.Tensor = torch.cholesky_solve(rhs.t(), factor).t().float()
+    return patch
 
 
 def _whole(

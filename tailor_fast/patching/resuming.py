@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tailor_fast.calibration.data import hash_data
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.statfile import is_statistics
 from tailor_fast.checkpoint import (
@@ -20,7 +21,6 @@ from tailor_fast.checkpoint import (
     open_checkpoint,
 )
 from tailor_fast.checkpoint.files import input_error, open_input
-from tailor_fast.models.samples import hash_samples, read_samples
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.records import versions
 from tailor_fast.patching.report import LinearReport
@@ -94,7 +94,7 @@ def _data(path: Path, options: RunOptions) -> object:
     if is_statistics(path):
         with open_checkpoint(path) as statistics:
             return _checkpoint(statistics)
-    return hash_samples(read_samples(path, most=options.samples))
+    return hash_data(path, options.samples)
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,14 @@ from tailor_fast._core.errors import UsageError
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.checkpoint import MismatchError, match_pair, open_checkpoint, open_tuned
+from tailor_fast.checkpoint import (
+    MismatchError,
+    OutputExistsError,
+    match_pair,
+    open_checkpoint,
+    open_tuned,
+)
+from tailor_fast.checkpoint.errors import shown_path
 from tailor_fast.models import names_as_stored
 from tailor_fast.patchfile.diffing import check_name, write_patch
 from tailor_fast.patchfile.writer import GrowingFile
@@ -88,11 +95,26 @@ def patch_to_file(
         place = Path(out) if checkpoint else file.scratch / _SCRATCH
         if not checkpoint:  # the patch's staging goes, and the model in it
             options = replace(options, resume="never")
-        report = patch_checkpoint(base, tuned, place, recipe, options=options, **how)
+        try:
+            report = patch_checkpoint(base, tuned, place, recipe, options=options, **how)
+        except OutputExistsError as error:
+            raise _exists(error, base, place, file.out, options) from error
         progress.note(f"writing the patch to {file.out}")
         with open_checkpoint(base) as ours, open_checkpoint(place) as theirs:
             write_patch(ours, theirs, file, (base, out), "xxh3-128", progress)
     return report
+
+
+def _exists(
+    error: OutputExistsError, base: PathLike, out: Path, patch: Path, options: RunOptions
+) -> OutputExistsError:
+    """The error about an OUT that is there, which a run that ended before its patch leaves too."""
+    if options.overwrite or not out.is_dir():
+        return error
+    command = f"tailor-fast diff {shown_path(base)} {shown_path(out)} -o {shown_path(patch)}"
+    remedy = f"if only its patch is missing, run `{command}`, which writes the same; or"
+    remedy += " choose another OUT or allow it to be overwritten"
+    return OutputExistsError("exists already", path=out, remedy=remedy)
 
 
 def _check_same(base: PathLike, tuned: PathLike) -> None:

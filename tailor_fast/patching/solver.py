@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from tailor_fast._core.machine import naming
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.models import Target, blocks_of
@@ -33,6 +34,7 @@ class Solver:
 
     Attributes:
         report, processes: the same.
+        solved_at_once: as in ``Placement``.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Solver:
         self._masks = Masks(recipe, units)
         self.report = report
         self.processes = processes
+        self.solved_at_once: int | None = None
 
     @property
     def needs_scores_first(self) -> bool:
@@ -90,7 +93,7 @@ class Solver:
         weight = None
         if not self.needs_scores_first and not self.finished(members):
             weight = self._column_weight(members, new, old)
-        inputs = GroupInputs(tuple(members), new, old, weight)
+        inputs = GroupInputs(tuple(members), new, old, weight, self.solved_at_once)
         for name in members:
             target = self._targets[name]
             earlier = self._weights.patched_earlier(target)
@@ -99,7 +102,7 @@ class Solver:
                     self._weights.install_again(target)
                 self.report.linears.append(earlier)
                 continue
-            with self.report.timed("solve"):
+            with self.report.timed("solve"), naming("solve", name):
                 pair = self._weights.pair(target)
                 patched, row = solve_layer(
                     target, pair, inputs, self._masks, self._recipe.of(name), self.processes
@@ -127,13 +130,9 @@ class Solver:
         recipe = self._recipe
         if new is None or recipe.salience_weight == 1.0 or recipe.decorate == "official":
             return None
-        with self.report.timed("scores"):
-            weight = column_weight(recipe.sensitivity, new, old, recipe.percdamp, members[0])
-            # Bit-equal in all processes, whatever their machines: the masks hang on it.
-            with self.processes.exchange():
-                self.processes.gather()
-                self.processes.broadcast(weight)
-            return weight
+        with self.report.timed("scores"), naming("scores", members[0]):
+            options = (recipe.sensitivity, new, old, recipe.percdamp)
+            return column_weight(*options, members[0], self.processes)
 
 
 def units_of(recipe: Recipe, model: nn.Module | None, targets: Iterable[str]) -> dict[str, str]:

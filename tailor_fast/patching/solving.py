@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -32,12 +33,31 @@ _LOSSES = ("loss", "loss_undecorated", "loss_reverted")
 
 @dataclass(frozen=True)
 class GroupInputs:
-    """What is known about a group's inputs when its layers are solved."""
+    """What is known about a group's inputs when its layers are solved.
+
+    ``old.gram`` is overwritten by the first exact solve. ``solved_at_once`` as in ``Placement``.
+    """
 
     members: tuple[str, ...]
     new: Moments | DiagonalMoments | None
     old: Moments | DiagonalMoments | None
     column_weight: torch.Tensor | None
+    solved_at_once: int | None = None
+    _made: dict[tuple[float, float], Equations] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def equations(self, recipe: Recipe) -> Equations | None:
+        """What all rows of an exact solve share, made once; None for the other decorations."""
+        if not isinstance(self.new, Moments) or recipe.decorate != "exact":
+            return None
+        options = (recipe.percdamp, recipe.retain_weight)
+        with self._lock:  # layers may be solved in threads
+            if options not in self._made:
+                if self._made:
+                    raise RuntimeError("layers of a group have one percdamp and one retain_weight")
+                old = self.old if isinstance(self.old, Moments) else None
+                self._made[options] = Equations(self.new, old, *options, over_old=True)
+            return self._made[options]
 
 
 def solve_layer(
@@ -68,19 +88,19 @@ def solve_layer(
         parts = [processes.share_of(rank, rows) for rank in range(processes.count)]
         own = parts[processes.rank]
         part = pair.rows(own)
-        equations = _equations(inputs, recipe)
+        equations = inputs.equations(recipe)
         if equations is None:
             patch, result = _decorate(part, mask[own], inputs, recipe)
             weight = write_patch(part.base, patch, mask[own])
             _record(report, result)
         else:
             report.damping, report.retain_scale = equations.damping, equations.retain_scale
+            tiles = _tiles(part, equations, recipe, inputs.solved_at_once)
             if recipe.refits:
-                exact = _exact(part, equations, recipe)
-                mask = refit_mask(mask, exact, recipe, (parts, processes), target.name)
-                weight = _solve(part, mask[own], exact, report)
-            else:
-                weight = _solve_tiles(part, mask[own], equations, recipe, report)
+                held = tuple(tiles)  # their right-hand sides serve in every step
+                mask = refit_mask(mask, held, recipe, (parts, processes), target.name)
+                tiles = iter(held)
+            weight = solve_tiles(part, mask[own], tiles, report)
         report.kept = int(mask[own].count_nonzero())
     if processes.count > 1:
         weight = _together(weight, report, parts, processes)
@@ -147,37 +167,32 @@ def _decorate(
     return result.patch, result
 
 
-def _equations(inputs: GroupInputs, recipe: Recipe) -> Equations | None:
-    """What all rows of an exact solve share; None for the other decorations."""
-    new, old = inputs.new, inputs.old
-    if not isinstance(new, Moments) or recipe.decorate != "exact":
-        return None
-    kept = old if isinstance(old, Moments) else None
-    return Equations(new, kept, recipe.percdamp, recipe.retain_weight)
-
-
-def _solve_tiles(
-    pair: LayerPair,
-    mask: torch.Tensor,
-    equations: Equations,
-    recipe: Recipe,
-    report: LinearReport,
-) -> torch.Tensor:
-    """The patched weight, solved some rows at a time: each row's problem is its own."""
+def _tiles(
+    pair: LayerPair, equations: Equations, recipe: Recipe, elements: int | None
+) -> Iterator[Exact]:
+    """The exact problem, some rows at a time: each row's problem is its own."""
     rows, cols = pair.base.shape
-    weight = torch.empty_like(pair.base)
-    step = max(1, SOLVED_AT_ONCE[pair.base.device.type] // max(1, cols))
-    for begin in range(0, rows, step):
-        tile = slice(begin, min(begin + step, rows))
-        part = pair.rows(tile)
-        weight[tile] = _solve(part, mask[tile], _exact(part, equations, recipe), report)
+    step = rows_at_once(cols, pair.base.device.type, elements)
+    for begin in range(0, max(1, rows), step):  # one tile where a process has no rows
+        yield _exact(pair.rows(slice(begin, min(begin + step, rows))), equations, recipe)
+
+
+def rows_at_once(cols: int, device: str, elements: int | None = None) -> int:
+    """How many rows of ``cols`` weights are solved exactly at once."""
+    return max(1, (elements or SOLVED_AT_ONCE[device]) // max(1, cols))
+
+
+def solve_tiles(
+    pair: LayerPair, mask: torch.Tensor, tiles: Iterable[Exact], report: LinearReport
+) -> torch.Tensor:
+    """The patched weight ``[rows, cols]``, from the problems of its rows in their order."""
+    weight, begin = torch.empty_like(pair.base), 0
+    for exact in tiles:
+        tile = slice(begin, begin := begin + len(exact.delta))
+        result = exact.solve(mask[tile])
+        _record(report, result)
+        weight[tile] = write_patch(pair.base[tile], result.patch, mask[tile])
     return weight
-
-
-def _solve(pair: LayerPair, mask: torch.Tensor, exact: Exact, report: LinearReport) -> torch.Tensor:
-    result = exact.solve(mask)
-    _record(report, result)
-    return write_patch(pair.base, result.patch, mask)
 
 
 def _exact(pair: LayerPair, equations: Equations, recipe: Recipe) -> Exact:

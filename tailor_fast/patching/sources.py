@@ -15,6 +15,7 @@ from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast.calibration.statfile import Statistics
 from tailor_fast.checkpoint import (
     Hashed,
+    Held,
     Joined,
     MismatchError,
     Origin,
@@ -126,7 +127,13 @@ class Sources:
 
 @contextmanager
 def open_sources(
-    base: Path, tuned: Path, recipe: Recipe, *, runs_model: bool, joins: bool = False
+    base: Path,
+    tuned: Path,
+    recipe: Recipe,
+    *,
+    runs_model: bool,
+    joins: bool = False,
+    held: Held | None = None,
 ) -> Iterator[Sources]:
     """Open both checkpoints and find the layers to patch; reads headers only.
 
@@ -136,6 +143,7 @@ def open_sources(
         recipe: which layers are wanted.
         runs_model: whether the model itself will be needed, not only the names of its layers.
         joins: whether tensors may differ as ``join_pair`` allows; else both must have the same.
+        held: keeps what is read of ``base`` for the next one.
 
     Raises:
         InputError: a file is malformed, or the two do not match.
@@ -143,7 +151,7 @@ def open_sources(
             no layer.
     """
     with ExitStack() as stack:
-        ours = stack.enter_context(open_checkpoint(base))
+        ours = stack.enter_context((held.open if held else open_checkpoint)(base))
         theirs = stack.enter_context(open_tuned(tuned, ours, names_as_stored))
         if not joins:
             match_pair(ours, theirs)
@@ -174,7 +182,7 @@ def open_sources(
                 f"{tuned}: no layer to patch; expected a linear layer that `targets`, `layers` and"
                 " `ignore` leave"
             )
-        before = Hashed(ours)
+        before = Hashed(ours, digests=held.digests if held else None)
         after = Hashed(theirs, base=before, shared=theirs.inherited)
         files = ours if recipe.missing == "base" and joined.dropped else theirs
         yield Sources(before, after, keys, tuple(changed), joined, files.side_files, notes)

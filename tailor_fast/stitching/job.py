@@ -68,9 +68,11 @@ def stitch_checkpoints(
         base: checkpoint before fine-tuning, common to all tasks.
         tasks: by name, as it will stand in the report.
         out: directory to make; files beside the weights are those of ``base``.
-        recipe: density, score and the like; ``propagate`` is ``none``. None takes the defaults.
+        recipe: density, score and the like; ``propagate`` is ``none``, and ``refits`` need scope
+            ``tensor``. None takes the defaults.
         support: which weights may change: the ``union`` of what each task would keep by itself at
-            ``density``, or the ``best`` of all tasks' scores, ``density`` of them in all.
+            ``density``, or the ``best`` of all tasks' scores, ``density`` of them in all. With
+            refits, as many weights as that, chosen by the joint solve itself.
         retain: samples of old tasks, or what ``calibrate`` wrote for ``base`` on them: the patch is
             held to change little there, with weight ``recipe.retain_weight``.
         options: device, memory and the like. Where samples are given, their statistics are kept in
@@ -87,8 +89,11 @@ def stitch_checkpoints(
         StorageError: reading or writing failed half way.
     """
     check_tasks(tasks)
-    recipe = settled(recipe or Recipe(), support, retains=retain is not None)
+    options = options or RunOptions()
+    options.refuse_max_vram("stitch")
     start = time.perf_counter()
+    report = Report({})
+    recipe = settled(recipe or Recipe(), support, report, retains=retain is not None)
     job = _Job(
         local_path(base),
         tasks,
@@ -96,10 +101,11 @@ def stitch_checkpoints(
         recipe,
         support,
         None if retain is None else Path(retain),
-        options or RunOptions(),
+        options,
         progress or Silent(),
     )
-    return job.run(start)
+    report.recipe = job.asked()
+    return job.run(report, start)
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,8 @@ class _Job:
     options: RunOptions
     progress: Progress
 
-    def run(self, start: float) -> Report:
-        report = Report(self._asked())
+    def run(self, report: Report, start: float) -> Report:
+        """Do it; ``report`` is filled in."""
         with ExitStack() as stack:
             tasks = stack.enter_context(open_tasks(self.base, self.tasks, self.recipe))
             report.notes += self._check_memory(tasks[0].sources.layers)
@@ -140,7 +146,8 @@ class _Job:
         self.progress.finish()
         return report
 
-    def _asked(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
+        """What is done, for the report."""
         weights = {name: task.weight for name, task in self.tasks.items()}
         surrogates = [name for name, task in self.tasks.items() if task.patch is not None]
         chosen = {"support": self.support, "weights": weights, "surrogates": surrogates}

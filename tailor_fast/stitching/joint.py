@@ -19,7 +19,9 @@ import torch
 
 from tailor_fast._core.errors import InputError
 from tailor_fast.calibration.moments import Moments
-from tailor_fast.patching.equations import answer_terms, bias_shift, damping_of
+from tailor_fast.patching.equations import System, answer_terms, bias_shift, positive_damping
+from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.refit import Exact
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,19 @@ class JointSystem:
     damping: float
     target_energy: torch.Tensor
     retain_scale: float
+
+    def tiles(self, rows: int, recipe: Recipe) -> list[Exact]:
+        """The problem as ``refit_mask`` takes it, ``rows`` rows at a time; each row is its own.
+
+        The energy, which is known of all rows together, counts in the first tile.
+        """
+        none = torch.zeros_like(self.target_energy)
+        found: list[Exact] = []
+        for pull, rhs in zip(self.pull.split(rows), self.rhs.split(rows), strict=True):
+            energy = none if found else self.target_energy
+            system = System(self.gram, rhs, self.damping, energy, self.retain_scale)
+            found.append(Exact(pull, system, recipe.tol, recipe.max_iterations))
+        return found
 
 
 class JointSums:
@@ -117,7 +132,7 @@ class JointSums:
             raise RuntimeError("no task was added")
         for total in (self._gram, self._rhs, self._pull, self._energy):
             total.div_(self._weight)
-        damping = damping_of(self._gram.diagonal(), percdamp)
+        damping = positive_damping(self._gram.diagonal(), percdamp)
         mean = 0.0 if old is None else old.diag.double().mean().item()
         scale = 0.0
         if old is not None and mean > 0.0:

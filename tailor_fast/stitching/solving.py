@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tailor_fast._core.processes import ALONE
 from tailor_fast.calibration.moments import Moments
-from tailor_fast.ops.decorate import Decorated, decorate_exact
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.refit import refit_mask
 from tailor_fast.patching.scores import column_weight
-from tailor_fast.patching.solving import write_patch
+from tailor_fast.patching.solving import rows_at_once, solve_tiles
 from tailor_fast.patching.sources import LayerOnDisk
-from tailor_fast.stitching.joint import Answer, JointSums, JointSystem
+from tailor_fast.stitching.joint import Answer, JointSums
 from tailor_fast.stitching.report import StitchedLinear, TaskLoss
 from tailor_fast.stitching.support import Support, SupportSums
 from tailor_fast.stitching.tasks import OpenTask
@@ -79,19 +80,14 @@ class LayerSolver:
         if sums is None or mask is None:
             return base, None
         system = sums.finish(old, recipe.percdamp, recipe.retain_weight)
-        result = decorate_exact(
-            system.pull,
-            mask,
-            system.gram,
-            system.rhs,
-            damping=system.damping,
-            target_energy=system.target_energy,
-            tol=recipe.tol,
-            max_iterations=recipe.max_iterations,
-        )
+        del sums
+        rows, cols = mask.shape
+        tiles = system.tiles(rows_at_once(cols, mask.device.type), recipe)
+        if recipe.refits:
+            mask = refit_mask(mask, tiles, recipe, ([slice(0, rows)], ALONE), layer.target.name)
         row.kept = int(mask.count_nonzero())
-        _record(row, result, system)
-        return base, write_patch(base.base, result.patch, mask)
+        row.damping, row.retain_scale = system.damping, system.retain_scale
+        return base, solve_tiles(base, mask, tiles, row)
 
     def _gather(
         self, layer: LayerOnDisk, row: StitchedLinear, support: SupportSums, old: Moments | None
@@ -156,15 +152,6 @@ class LayerSolver:
                 loss.old = Answer(tuned, tuned_bias, old).error(before, bias)
         if old is not None:
             row.old = Answer(weight, bias, old).error(before, bias)
-
-
-def _record(row: StitchedLinear, result: Decorated, system: JointSystem) -> None:
-    row.loss = float(result.loss)
-    row.loss_undecorated = float(result.loss_undecorated)
-    row.loss_reverted = float(result.loss_reverted)
-    row.iterations = int(result.iterations)
-    row.damping = system.damping
-    row.retain_scale = system.retain_scale
 
 
 def _differs(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

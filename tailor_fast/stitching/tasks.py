@@ -17,8 +17,10 @@ from tailor_fast.calibration.statfile import Statistics
 from tailor_fast.checkpoint import Hashed, local_path, open_checkpoint
 from tailor_fast.ops.codec import EncodedPatch, apply_patch_
 from tailor_fast.patchfile import Patch, WrongStateError
+from tailor_fast.patching.inputs import with_refits
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.report import Report
 from tailor_fast.patching.sources import LayerOnDisk, Sources, check_owner, open_sources
 from tailor_fast.patching.streamed import read_pair
 from tailor_fast.stitching.joint import require_grams
@@ -215,19 +217,20 @@ def open_tasks(base: Path, tasks: Mapping[str, Task], recipe: Recipe) -> Iterato
         yield opened
 
 
-def settled(recipe: Recipe, support: Support, *, retains: bool) -> Recipe:
+def settled(recipe: Recipe, support: Support, report: Report, *, retains: bool) -> Recipe:
     """Return the recipe as it will be run: from statistics, all tasks jointly.
 
     Args:
         recipe: what was asked for.
         support: what was asked for.
+        report: told how the mask is chosen.
         retains: whether there is data of old tasks.
 
     Raises:
         UsageError: it asks for what stitching does not do.
     """
     chosen = recipe.model_fields_set
-    fixed = {"decorate": "exact", "propagate": "none", "untouched": "base", "refits": 0}
+    fixed: dict[str, str | None] = {"decorate": "exact", "propagate": "none", "untouched": "base"}
     fixed |= {"missing": None, "densities": None}
     for name, value in fixed.items():
         if name in chosen and getattr(recipe, name) != value:
@@ -247,4 +250,10 @@ def settled(recipe: Recipe, support: Support, *, retains: bool) -> Recipe:
         raise UsageError(
             "sensitivity 'ratio' compares with old tasks; got no old-task data; give retain data"
         )
+    if recipe.refits and recipe.scope != "tensor":
+        raise UsageError(
+            f"refits choose the mask of a whole layer for all tasks; got scope {recipe.scope!r};"
+            " expected 'tensor', or no refits"
+        )
+    recipe = with_refits(recipe, report, old=retains and recipe.scope == "tensor")
     return recipe.model_copy(update={"propagate": "none"})

@@ -57,7 +57,10 @@ jobs:
         (f"jobs: [{JOB}, 4]", "job 2: expected keys and values; got 4"),
         ("jobs: [{base: b, out: o}]", "job 1: tuned is missing"),
         ("jobs: [{base: b, tuned: t, out: o, densty: 1}]", "job 1: unknown key 'densty'; the keys"),
-        ("jobs: [{base: b, tuned: t, out: o, recipe: {densty: 1}}]", "job 1: unknown key 'recipe"),
+        (
+            "jobs: [{base: b, tuned: t, out: o, recipe: {densty: 1}}]",
+            r"job 1: unknown key 'recipe\.densty'; the keys of a recipe are density, ",
+        ),
         (
             "jobs: [{base: b, tuned: t, out: o, recipe: {density: 2}}]",
             r"job 1: recipe.density: Input should be less than or equal to 1; got 2",

@@ -4,13 +4,15 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cpu_decorate, cpu_gram
+from benchmarks import cpu_class, cpu_decorate, cpu_gram
 from benchmarks.results import Figure
 from tests.backends import needs_native
 
 pytestmark = needs_native
 
+WHO = ("authors", "class")
 FACTS = ["commit", "date", "torch", "python", "machine", "threads"]
 
 
@@ -62,3 +64,23 @@ def test_a_wrong_result_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(cpu_gram, "accumulate_gram_", lambda gram, x, *, backend: gram)
     with pytest.raises(AssertionError):
         cpu_gram.measure(50, 16, 1)
+
+
+def test_class(tmp_path: Path) -> None:
+    path = tmp_path / "class.csv"
+    cpu_class.main(["--sizes", "160", "256", "--rounds", "1", "--out", str(path)])
+    table = rows(path)
+    check(table)
+    steps = [(work, name) for work in ("add_batch", "fasterprune", "both") for name in WHO]
+    assert [(row["work"], row["provider"]) for row in table] == 2 * steps
+    assert [row["shape"].split("x")[0] for row in table] == ["160"] * 6 + ["256"] * 6
+    seconds = [float(row["seconds"]) for row in table]
+    assert seconds[4] == pytest.approx(seconds[0] + seconds[2], rel=2e-3)
+    assert float(table[3]["ratio"]) == pytest.approx(seconds[2] / seconds[3], rel=2e-3)
+    assert [row["floor"] for row in table[:6]] == ["nan", "nan", "nan", "6", "nan", "nan"]
+
+
+def test_the_class_is_not_timed_when_it_is_wrong(tmp_path: Path) -> None:
+    base = torch.zeros(100, 100)
+    with pytest.raises(SystemExit, match=r"1\.0e-02 of the weights are kept by one of the two"):
+        cpu_class.check(base, base + 1, torch.ones(100, 100).index_fill(0, torch.tensor([3]), 0))

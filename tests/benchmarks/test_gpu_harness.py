@@ -169,7 +169,7 @@ def test_every_wrong_result_is_seen(run: Run, monkeypatch) -> None:
             found = right(*args, backend=backend, **options)
             if backend != "reference":
                 return found
-            if isinstance(found, tuple):  # a patch and its facts
+            if isinstance(found, (tuple, list)):  # a patch and its facts; masks
                 change_(found[0])
             else:
                 change_(found)
@@ -187,6 +187,7 @@ def test_every_wrong_result_is_seen(run: Run, monkeypatch) -> None:
         "accumulate_cross_gram_": "accumulate_cross_gram_",
         "accumulate_gram_diag_": "accumulate_gram_diag_",
         "select_patch": "select_patch",
+        "select_patches": "select_patches",
         "topk_mask": "topk_mask",
         "decorate_exact": "decorate_exact",
         "decorate_obs": "decorate_obs",
@@ -237,7 +238,9 @@ def test_missing_packages_are_said_in_one_sentence(tmp_path: Path, monkeypatch) 
     assert row["error"] == expected
 
 
-def shell(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def shell(
+    folder: Path, script: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run ``gpu.sh`` with a python that is a shell script."""
     python = folder / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
@@ -245,7 +248,7 @@ def shell(folder: Path, script: str, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(
         ["benchmarks/gpu.sh", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": str(python)},
+        env=os.environ | {"PYTHON": str(python)} | environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -255,13 +258,67 @@ def shell(folder: Path, script: str, *arguments: str) -> subprocess.CompletedPro
 
 def test_a_failed_build_goes_on_without_native(tmp_path: Path) -> None:
     script = 'if [ "$1" = setup.py ]; then echo no compiler; exit 1; fi; echo "ran $*"; exit 1'
-    done = shell(tmp_path, script, "block", "--seed", "3")
+    done = shell(tmp_path, script, "check", "--seed", "3")
     assert "no compiler\nthe C++ extension could not be built: going on without native" in (
         done.stdout
     )
     assert "ran -m benchmarks.gpu --seconds" in done.stdout
-    assert done.stdout.endswith("block --seed 3\n")
+    assert done.stdout.endswith("check --seed 3\n")
     assert done.returncode == 1  # the part's own
+    assert "no compiler" not in shell(tmp_path, script, "block").stdout  # which needs none
+
+
+@pytest.mark.parametrize("given", [{}, {"TRITON_CACHE_DIR": "/chosen"}])
+def test_a_home_that_cannot_be_written(tmp_path: Path, given: dict[str, str]) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    script = 'echo "$TRITON_CACHE_DIR"; test -d "$TRITON_CACHE_DIR"; echo $?'
+    done = shell(tmp_path, script, "block", HOME=str(home), TRITON_HOME=str(home), **given)
+    folder, exists = done.stdout.split()
+    assert (folder == "/chosen", exists) == ((True, "1") if given else (False, "0"))
+    assert folder == "/chosen" or not Path(folder).exists()  # taken away at the end
+
+
+def test_a_driver_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(table_module, "_query", lambda names: asked.append(names) or ["", ""])
+    with Table(tmp_path / "part.csv", dry=True, device=torch.device("cpu")) as table:
+        monkeypatch.setattr(table, "_query", True)
+        for _ in range(3):
+            table.add(Row("work", seconds=1.0))
+    assert asked == ["clocks.sm,clocks.mem"]
+
+
+def test_pictures_of_the_tables(tmp_path: Path, monkeypatch) -> None:
+    picture = pytest.importorskip("benchmarks.gpu.picture")
+    assert picture.main(["--results", str(tmp_path)]) == 1
+    facts = table_module.facts(torch.device("cpu"))
+    monkeypatch.setattr(table_module, "facts", lambda _: facts | {"card": "NVIDIA H200"})
+    rows = {
+        "kernels": [
+            Row("select fused", "7B", "bfloat16", "triton", 0.02, share=0.61, bar="share >= 0.6"),
+            Row("gram", "[64, 8]", "bfloat16", "torch.addmm", 0.5, share=0.9, ratio=1.0),
+        ],
+        "block": [
+            Row("exact", "7B block", "", "triton", 0.1, ratio=9, bar="seconds <= 0.2, ratio >= 2"),
+            Row("authors", "7B block", "", "authors, eager", 9.0, ratio=1.0),
+            Row("obs", "7B block", "", "triton", error="lost"),
+        ],
+    }
+    for part, given in rows.items():
+        path = tmp_path / slug("NVIDIA H200") / f"{part}.csv"
+        with Table(path, dry=False, device=torch.device("cpu")) as table:
+            for row in given:
+                table.add(row)
+    written = picture.draw(tmp_path)
+    assert [path.name for path in written] == ["kernels.svg", "block.svg"]
+    kernels_text, block_text = (path.read_text() for path in written)
+    assert "select fused 7B" in kernels_text
+    assert "torch.addmm" not in kernels_text  # baselines have no bars of shares
+    assert "authors 7B block" in block_text
+    assert "obs 7B block" not in block_text
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in picture.draw(tmp_path)] == before
 
 
 def test_a_part_that_does_not_exist(tmp_path: Path) -> None:

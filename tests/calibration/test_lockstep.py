@@ -74,14 +74,15 @@ def test_batches_of_another_kind_add_their_groups_in_place() -> None:
     assert order == [f"layers.{i}.{name}" for i in range(3) for name in ("gate", "down")]
 
 
-@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("on_device", [None, 0, 2000])
+@pytest.mark.parametrize("budget", [None, 0, 1 << 20])
 def test_every_lane_stops_with_the_input_of_a_plain_pass(
-    budget: int | None, tmp_path: Path
+    budget: int | None, on_device: int | None, tmp_path: Path
 ) -> None:
     model, batches = Toy(), token_batches()
     one = stream(model, batches)
     sites = discover(one, NAMES, [f"layers.{i}" for i in range(3)]).sites
-    spill = None if budget is None else ActivationSpill(budget, tmp_path)
+    spill = None if budget is None else ActivationSpill(budget, tmp_path, on_device)
     with Lockstep([one], sites, spill=spill) as lockstep:
         for site in sites:
             if not site.modules:
@@ -91,8 +92,11 @@ def test_every_lane_stops_with_the_input_of_a_plain_pass(
             for lane in lockstep.arrive("toy", site):
                 assert torch.equal(lane.x, expected[lane.batch_index])
     if spill is not None:
-        assert spill.spilled_bytes > 0
-        assert spill.peak_resident == 0
+        assert (spill.spilled_bytes > 0) == (budget == 0)
+        assert (spill.parked_bytes > 0) == (budget != 0 and on_device is not None)
+        assert spill.peak_waiting <= budget
+        if budget == 0 or on_device is not None:
+            assert spill.peak_resident <= (on_device or 0)
         assert list(tmp_path.iterdir()) == []
         spill.close()
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tailor_fast._core.errors import InputError, OutputError, UsageError
 from tailor_fast.calibration import RunOptions, calibrate
 from tailor_fast.calibration.statfile import open_statistics
+from tailor_fast.checkpoint import Checkpoint
 from tailor_fast.patching.checkpoints import patch_checkpoint
 from tailor_fast.patching.recipe import Recipe
 from tests.patching.disk import llama_pair, llava_pair, write_scenes, write_texts
@@ -190,6 +191,28 @@ def test_sums_that_are_not_finite_are_refused(place: dict[str, Path]) -> None:
     save_file(tensors, place["stats"], metadata)
     with pytest.raises(InputError, match=r"g0\.gram is not finite"):
         patch(place, "out", statistics=place["stats"])
+
+
+def test_what_cannot_work_is_refused_before_a_weight_is_read(
+    place: dict[str, Path], monkeypatch: Any
+) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr(Checkpoint, "read_into", lambda self, name, *_: reads.append(name))
+    there = place["stats"]
+    there.write_bytes(b"old")
+    cases = [
+        (place["stats"], OPTIONS, OutputError, "exists already"),
+        (there.parent / "none" / "s.safetensors", OPTIONS, OutputError, "make it first"),
+        (place["tuned"] / "s.safetensors", OPTIONS, OutputError, "is, or lies in, the input"),
+        (Path("/proc/s.safetensors"), OPTIONS, OutputError, "making the lock file is not possible"),
+        (place["old_stats"], RunOptions(max_ram=10**18), UsageError, "more than the memory of"),
+        (place["old_stats"], RunOptions(max_vram=1), UsageError, "expected max_vram None, got 1"),
+    ]
+    for out, options, error, sentence in cases:
+        with pytest.raises(error, match=sentence):
+            calibrate(place["tuned"], place["new"], out, options=options)
+    assert reads == []
+    assert there.read_bytes() == b"old"
 
 
 def test_the_file_is_whole_or_not_there(place: dict[str, Path], monkeypatch: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import faulthandler
 import hashlib
 import os
 import shutil
@@ -24,7 +25,7 @@ from tailor_fast.cli import main
 from tailor_fast.patching import checkpoints
 
 SOURCE = Path(__file__).with_name("shim.c")
-PATIENCE = 60.0  # seconds after which a job counts as hung
+PATIENCE = 60.0  # seconds of watching after which a job counts as hung
 TIMED = ("tailor_report.json", "tailor_report.png")  # hold times: not compared
 
 
@@ -41,6 +42,7 @@ class Kind(enum.IntEnum):
     LOCK = 7
     READ = 8
     TRUNCATE = 9
+    MODE = 10
 
 
 class Action(enum.IntEnum):
@@ -109,6 +111,7 @@ def start(work: Callable[[], int], said: Path, fault: Fault | None, folder: Path
     try:
         fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(fd, 2)
+        faulthandler.enable()  # to say where, if it hangs
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if fault is not None:
             fault.arm(folder)
@@ -122,12 +125,16 @@ def start(work: Callable[[], int], said: Path, fault: Fault | None, folder: Path
 
 def wait(child: int, said: Path, began: float) -> Ended:
     """Wait for a fork; one that hangs is an error of its own."""
+    watched, last = 0.0, time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - began > PATIENCE:
-            os.kill(child, signal.SIGKILL)
+        now = time.monotonic()
+        watched += min(now - last, 0.1)  # no longer: both may have been stopped meanwhile
+        last = now
+        if watched > PATIENCE:
+            os.kill(child, signal.SIGABRT)
             os.waitpid(child, 0)
             raise AssertionError(f"the job hung: {said.read_text()}")
         time.sleep(0.001)
@@ -183,6 +190,7 @@ class Lab:
         assert ended.code == 0, ended.said
         self.golden = self.content()
         self.seconds = ended.seconds
+        self.by_kind: dict[Kind, int] = {}
 
     @property
     def out(self) -> Path:
@@ -255,16 +263,22 @@ class Lab:
 
     def calls(self, kinds: Sequence[Kind] = CHANGES) -> int:
         """How many calls a whole run makes."""
+        if not self.by_kind:
+            self._count()
+        return sum(self.by_kind[kind] for kind in kinds)
+
+    def _count(self) -> None:
         self.reset()
         with tempfile.NamedTemporaryFile() as counted:
-            fault = Fault(kinds)
 
             def work() -> int:
                 code = self.work()
-                Path(counted.name).write_text(str(shim().shim_calls()))
+                calls = [shim().shim_calls_of(kind) for kind in Kind]
+                Path(counted.name).write_text(" ".join(map(str, calls)))
                 return code
 
-            child = start(work, self.said, fault, self.folder.parent)
+            child = start(work, self.said, Fault(tuple(Kind)), self.folder.parent)
             ended = wait(child, self.said, time.monotonic())
             assert ended.code == 0, ended.said
-            return int(Path(counted.name).read_text())
+            calls = map(int, Path(counted.name).read_text().split())
+            self.by_kind = dict(zip(Kind, calls, strict=True))

@@ -19,7 +19,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, ALLOCATE, LOCK, READ, TRUNCATE };
+enum { OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, ALLOCATE, LOCK, READ, TRUNCATE, MODE };
 enum { COUNT, KILL_BEFORE, KILL_AFTER, FAIL, SHORTEN, FAIL_ALWAYS, SKIP };
 
 static unsigned mask;
@@ -221,6 +221,18 @@ int mkdir(const char *path, mode_t mode)
 {
     REAL(mkdir);
     AROUND(int, MKDIR, path, AT_FDCWD, real(path, mode));
+}
+
+int chmod(const char *path, mode_t mode)
+{
+    REAL(chmod);
+    AROUND(int, MODE, path, AT_FDCWD, real(path, mode));
+}
+
+int fchmodat(int at, const char *path, mode_t mode, int flags)
+{
+    REAL(fchmodat);
+    AROUND(int, MODE, path, at, real(at, path, mode, flags));
 }
 
 int fallocate(int fd, int mode, off_t offset, off_t count)

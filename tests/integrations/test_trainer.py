@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from tailor_fast import Patch, Recipe, tailor_model
 from tailor_fast._core.errors import InputError, OutputError, UsageError
@@ -89,11 +96,11 @@ def check_written(base: Path, out: Path, patch: Path) -> None:
     for name, tensor in expected.items():
         assert tensor.dtype == original[name].dtype
         assert torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    model = LlamaForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     with Patch.open(patch) as file:
         assert len(file) > 0
         file.apply_(model)
-    for name, tensor in LlamaForCausalLM.from_pretrained(out).state_dict().items():
+    for name, tensor in AutoModelForCausalLM.from_pretrained(out).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
@@ -163,6 +170,73 @@ def test_training_adapters(base: Path, tmp_path: Path, init: Any) -> None:
     changed = {name.split(".")[-2] for name in made if not torch.equal(made[name], original[name])}
     assert changed == {"q_proj", "up_proj"}
     assert any("lora_" in name for name, _ in model.named_parameters())  # still a PeftModel
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MIXTURES = {
+    "mixtral": MixtralConfig(num_local_experts=4, **SMALL),
+    "qwen3_moe": Qwen3MoeConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **SMALL
+    ),
+}
+
+
+def new_base(config: Any, folder: Path, **options: Any) -> Path:
+    torch.manual_seed(4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, **options)
+    text_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_of_experts(kind: str, tmp_path: Path) -> None:
+    """One tensor per expert on disk, all experts of a block in one parameter in memory."""
+    base = new_base(MIXTURES[kind], tmp_path / "base", max_shard_size="100KB")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    fused = {name for name, _ in model.named_parameters() if name.endswith("gate_up_proj")}
+    callback = TailorCallback(recipe=RECIPE, samples=8)
+    trainer_of(model, tmp_path, callback).train()
+    out = tmp_path / "run" / "tailored"
+    check_written(base, out, out.with_name("tailored.tailor.safetensors"))
+    original, made = tensors(base), tensors(out)
+    changed = {name for name in made if not torch.equal(made[name], original[name])}
+    experts = {name for name in made if ".experts." in name}
+    assert len(experts) == 2 * 4 * 3
+    assert len(changed & experts) >= 12  # an expert without tokens stays as it is
+    for name in changed & experts:
+        share = (made[name] != original[name]).float().mean()
+        assert 0 < share <= 0.1, name
+    # As it was trained: experts together, and trained ones.
+    assert {name for name, _ in model.named_parameters() if name in fused} == fused
+    assert model(torch.tensor([[4, 5, 6]])).logits.isfinite().all()
+
+
+def test_experts_that_lie_together_on_disk_are_refused(tmp_path: Path) -> None:
+    base = new_base(MIXTURES["mixtral"], tmp_path / "base", save_original_format=False)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    message = refused(base, tmp_path, TailorCallback(), model=model)
+    assert "holds all experts of a block in one tensor; expected one tensor per expert" in message
+    assert "both models in memory with tailor_model" in message
+
+
+def test_a_head_that_is_tied_to_the_embeddings(tmp_path: Path) -> None:
+    base = new_base(LlamaConfig(tie_word_embeddings=True, **SMALL), tmp_path / "base")
+    assert "lm_head.weight" not in tensors(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    callback = TailorCallback(recipe=RECIPE, samples=8)
+    trainer_of(model, tmp_path, callback).train()
+    out = tmp_path / "run" / "tailored"
+    check_written(base, out, out.with_name("tailored.tailor.safetensors"))
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tensors(out)[name], tensors(base)[name])
+    assert not torch.equal(model.get_parameter(name), tensors(base)[name])
 
 
 def test_tensors_that_only_the_base_file_has_stay(base: Path, tmp_path: Path) -> None:

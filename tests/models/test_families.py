@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tailor_fast import save_batches
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
@@ -133,6 +134,30 @@ def test_a_family_with_prepared_tensors_is_patched_loads_and_generates(
     assert {row.name for row in report.linears} == set(rows)
     for folder in ("memory", "out"):
         generates(tmp_path / folder, kind, batches[0])
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_the_command_line_takes_prepared_tensors(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = PREPARED[name]
+    base, tuned, _ = save_family(family, tmp_path)
+    kind = type(family.build())
+    batches = [pictures_as_tensors(seed) for seed in range(3)]
+    new, old, out = (tmp_path / part for part in ("new.safetensors", "old.safetensors", "out"))
+    save_batches(batches[:2], new)
+    save_batches(batches[2:], old)
+    run = CommandLine(capsys)
+    arguments = (base, tuned, "-o", out, "--calibration", new, "--retain", old)
+    for command in ("plan", "patch"):
+        done = run(command, *arguments)
+        assert done.code == 0, done.err
+    models = (kind.from_pretrained(path) for path in (base, tuned))
+    expected = tailor_model(*models, batches[:2], retain_batches=batches[2:]).model.state_dict()
+    loaded = kind.from_pretrained(out).state_dict()
+    for key, value in expected.items():
+        assert torch.equal(loaded[key], value), key
+    generates(out, kind, batches[0])
 
 
 @pytest.mark.parametrize("decorate", ["exact", "obs"])

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,9 @@ from tailor_fast import (
 )
 from tailor_fast._core.errors import InputError, StorageError
 from tailor_fast._core.processes import ALONE, Processes
+from tailor_fast._core.progress import Silent
+from tailor_fast.checkpoint import ResumeError
+from tailor_fast.checkpoint.journal import read_journal
 from tailor_fast.cli import main
 from tests.patching.toys import Toy, pair, token_batches
 
@@ -173,6 +178,65 @@ def on_disk(folder: Path, processes: Processes) -> None:
     )
 
 
+class Breaking(Silent):
+    """Ends a run behind its third group, once the journal names finished tensors.
+
+    Args:
+        out: output of the run.
+        pids: processes that are killed; none are for Ctrl-C.
+    """
+
+    def __init__(self, out: Path, pids: list[int]) -> None:
+        self._out, self._pids = out, pids
+
+    def group(self, name: str, done: int, total: int, bytes_done: int) -> None:
+        if done < 3:
+            return
+        end = time.monotonic() + 30
+        while self._finished() == 0:
+            if time.monotonic() > end:
+                raise TimeoutError("no tensor was finished")
+            time.sleep(0.01)
+        for pid in self._pids:
+            os.kill(pid, signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    def _finished(self) -> int:
+        journals = [path for path in self._out.parent.glob(".*") if path.is_file()]
+        pasts = [read_journal(path) for path in journals]
+        return sum(len(past.records) for past in pasts if past is not None)
+
+
+def broken(folder: Path, name: str, processes: Processes) -> None:
+    """One of the runs that make ``folder/broken/out`` together."""
+    pids = [int(pid) for (pid,) in processes.gather(os.getpid())]
+    out = folder / "broken" / "out"
+    ends = name != "resumed" and processes.rank == 0 and processes.count == 2
+    patch_checkpoint(
+        *(folder / "base", folder / "tuned", out, Recipe(**RECIPE)),
+        calibration=folder / "new.jsonl",
+        retain=folder / "old.jsonl",
+        options=RunOptions(batch_size=2, resume="auto" if name == "killed" else "required"),
+        progress=Breaking(out, pids[::-1] if name == "killed" else []) if ends else None,
+        processes=processes,
+    )
+
+
+def broken_member(folder: Path, name: str, rank: int) -> int:
+    """One of two processes of such a run; "alone" is one by itself."""
+    if name == "alone":
+        try:
+            broken(folder, name, ALONE)
+        except ResumeError as error:
+            (folder / "alone.txt").write_text(str(error))
+        return 0
+    place = f"file://{folder}/group-{name}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    end = outcome(lambda processes: broken(folder, name, processes))
+    (folder / f"{name} {rank}.json").write_text(json.dumps(end))
+    return 0
+
+
 def member(folder: Path, rank: int, count: int) -> int:
     """All cases in one process."""
     place = f"file://{folder}/group-{count}"
@@ -215,6 +279,14 @@ COMMANDS = {
     ],
     "no data": [*PATCH[:4], "{folder}/failed", "--device=cpu"],
     "one card": [*PATCH[:4], "{folder}/failed", "--device=cuda:0"],
+    "saved": [
+        *(*PATCH[:4], "{folder}/saved", "--device=cpu", "--calibration={folder}/new.jsonl"),
+        "--save-patch={folder}/beside.tailor.safetensors",
+    ],
+    "saved alone": [
+        *(*PATCH[:4], "{folder}/saved", "--device=cpu", "--calibration={folder}/new.jsonl"),
+        *("--save-patch={folder}/alone.tailor.safetensors", "--no-checkpoint"),
+    ],
     "unknown option": [*PATCH, "--frobnicate"],
     "plan": ["plan", *PATCH[1:]],
 }
@@ -249,6 +321,9 @@ def all_groups(folder: Path) -> None:
     codes: dict[str, list[int]] = {}
     for count in (2, 3):
         codes[str(count)] = together([forked(member, folder, r, count) for r in range(count)])
+    (folder / "broken").mkdir()
+    for name, ranks in (("killed", 2), ("alone", 1), ("stopped", 2), ("resumed", 2)):
+        codes[name] = together([forked(broken_member, folder, name, r) for r in range(ranks)])
     for case in COMMANDS:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

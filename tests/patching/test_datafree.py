@@ -195,5 +195,7 @@ def test_max_ram_shrinks_the_ring_or_is_refused(tmp_path: Path) -> None:
     free = plan_patch(base, tuned, tmp_path / "out")
     tight = plan_patch(base, tuned, tmp_path / "out", options=RunOptions(max_ram=free.ram))
     assert tight.ram <= free.ram
+    with pytest.raises(UsageError, match=r"max_vram of 1000 bytes is too little"):
+        patch_checkpoint(base, tuned, tmp_path / "out", options=RunOptions(max_vram=1000))
     with pytest.raises(UsageError, match=r"max_ram of 10000 bytes is too little"):
         patch_checkpoint(base, tuned, tmp_path / "out", options=RunOptions(max_ram=10_000))

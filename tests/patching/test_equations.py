@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tailor_fast.calibration.moments import MomentSums
-from tailor_fast.patching.equations import Layer, build_system, damping_of
+from tailor_fast.patching.equations import Layer, build_system, positive_damping
 from tailor_fast.testing import assert_within
 
 ROWS, COLS, TOKENS = 7, 10, 200
@@ -84,7 +84,7 @@ def test_retention_is_scaled_to_the_new_task() -> None:
     layer = Layer(w0, w0 + 0.1, None, None, None)
     new = _moments(x, None)
     old, large = _moments(x, None), _moments(100.0 * x, None)
-    damping = damping_of(new.diag, 0.01)
+    damping = positive_damping(new.diag, 0.01)
     near = build_system(layer, new, old, 0.01, 0.5)
     far = build_system(layer, new, large, 0.01, 0.5)
     assert near.retain_scale == pytest.approx(0.5 * (1 + 0.01), rel=1e-5)

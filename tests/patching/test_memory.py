@@ -83,12 +83,14 @@ def test_without_data(tmp_path: Path) -> None:
     assert 0.85 * used <= plan.ram_peak <= 1.15 * used, (plan.ram_peak / MIB, used / MIB)
 
 
-@pytest.mark.parametrize("at_once", [1 << 23, 1 << 19])
-def test_with_samples(at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at_once", "words"), [(1 << 19, 1000), (1 << 23, 32000)])
+def test_with_samples(
+    at_once: int, words: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(solving.SOLVED_AT_ONCE, "cpu", at_once)
     tiny = make(tmp_path / "tiny", TINY, samples=True)
     pair = make(
-        tmp_path / "pair", Shape(2, 1024, 2816, 16, 16, 10**9, vocabulary=1000), samples=True
+        tmp_path / "pair", Shape(1, 1024, 2048, 16, 16, 10**9, vocabulary=words), samples=True
     )
     plan = plan_patch(pair / "base", pair / "tuned", tmp_path / "x", calibration=pair / "new.jsonl")
     used = measured([tiny, pair], {})

@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from tailor_fast import join_processes
 from tailor_fast._core.errors import UsageError
 from tailor_fast._core.processes import Processes
+from tailor_fast.checkpoint import REPORT_NAME
+from tailor_fast.patchfile import diff_checkpoints
 from tailor_fast.patching.checkpoints import patch_checkpoint
 from tests.patching import disk
 from tests.patching.ranks import FAILURES, RECIPE, RECIPES, on_disk, tailored
+from tests.patching.test_resuming import lasting
 from tests.source_tree import ROOT
 
 COUNTS = (2, 3)
@@ -181,6 +184,31 @@ def test_one_process_says_why_all_end(
     assert sentence in texts[rank]
     assert "".join(texts).count("error:") == 1
     assert not (folder / "failed").exists()
+
+
+def test_a_run_that_was_killed_and_stopped_ends_with_the_bytes_of_one(folder: Path) -> None:
+    codes = json.loads((folder / "codes.json").read_text())
+    names = ("killed", "alone", "stopped", "resumed")
+    assert [codes[name] for name in names] == [[-9, -9], [0], [0, 0], [0, 0]]
+    assert "processes was 2, is 1" in (folder / "alone.txt").read_text()
+    ends = [json.loads((folder / f"stopped {rank}.json").read_text()) for rank in range(2)]
+    assert [(end["kind"], end["code"]) for end in ends] == [("StoppedError", 75), ("PeerError", 75)]
+    assert "tensors of" in ends[0]["text"]
+    done = [json.loads((folder / f"resumed {rank}.json").read_text()) for rank in range(2)]
+    assert done == [{"kind": None}] * 2
+    assert lasting(folder / "broken" / "out") == lasting(folder / "2" / "out")
+    notes = json.loads((folder / "broken" / "out" / REPORT_NAME).read_text())["notes"]
+    assert any("were finished by an earlier run" in note for note in notes)
+    assert not list((folder / "broken").glob(".*"))
+
+
+def test_one_of_two_processes_saves_the_patch(folder: Path, tmp_path: Path) -> None:
+    for case in ("saved", "saved alone"):
+        assert commanded(folder, case)[0] == [0, 0]
+    diff_checkpoints(folder / "base", folder / "saved", tmp_path / "p.tailor.safetensors")
+    expected = (tmp_path / "p.tailor.safetensors").read_bytes()
+    for name in ("beside", "alone"):
+        assert (folder / f"{name}.tailor.safetensors").read_bytes() == expected
 
 
 def test_rows_are_shared_out_whole() -> None:

@@ -63,7 +63,7 @@ def by_size(exact: Exact, density: float) -> torch.Tensor:
 
 def refitted(exact: Exact, recipe: Recipe) -> torch.Tensor:
     mask = by_size(exact, recipe.density)
-    return refit_mask(mask, exact, recipe, ([slice(0, ROWS)], ALONE), "layer")
+    return refit_mask(mask, [exact], recipe, ([slice(0, ROWS)], ALONE), "layer")
 
 
 @pytest.mark.parametrize("with_rhs", [False, True])
@@ -109,6 +109,21 @@ def test_a_layers_own_density_counts() -> None:
     assert mask.sum(1).tolist() == [COLS // 4] * ROWS
 
 
+@pytest.mark.parametrize("with_rhs", [False, True])
+@pytest.mark.parametrize("height", [1, 7, 12])
+def test_rows_at_a_time_have_the_mask_of_all_rows(height: int, with_rhs: bool) -> None:
+    whole, recipe = problem(with_rhs=with_rhs), Recipe(refits=3)
+    system, tiles = whole.system, []
+    for begin in range(0, ROWS, height):
+        rows = slice(begin, begin + height)
+        rhs = None if system.rhs is None else system.rhs[rows]
+        part = System(system.gram, rhs, system.damping, system.target_energy, 0.0)
+        tiles.append(Exact(whole.delta[rows], part, whole.tol, whole.max_iterations))
+    mask = by_size(whole, 0.1)
+    tiled = refit_mask(mask, tiles, recipe, ([slice(0, ROWS)], ALONE), "layer")
+    assert (tiled ^ refitted(whole, recipe)).sum() <= 4  # ties in fp32
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_nothing_and_everything_are_left_as_they_are(density: float) -> None:
     mask = refitted(problem(), Recipe(refits=2, density=density))
@@ -139,7 +154,7 @@ def test_rows_of_several_processes_have_one_mask() -> None:
     exact = Exact(whole.delta[10:], own, whole.tol, whole.max_iterations)
     recipe = Recipe(refits=1)
     mask = by_size(whole, 0.1)
-    together = refit_mask(mask, exact, recipe, (parts, _Second([cost[:10]])), "layer")
+    together = refit_mask(mask, [exact], recipe, (parts, _Second([cost[:10]])), "layer")
     assert (together ^ refitted(whole, recipe)).sum() <= 2  # ties in fp32
 
 

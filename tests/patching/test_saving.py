@@ -1,5 +1,9 @@
 """``patch --save-patch``: the patch of the output, with it or instead of it."""
 
+import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +11,7 @@ import pytest
 
 from tailor_fast._core.errors import OutputError, StoppedError, StorageError, UsageError
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.checkpoint import StagedCheckpoint
+from tailor_fast.checkpoint import OutputExistsError, StagedCheckpoint
 from tailor_fast.patchfile import Patch, apply_patch, diff_checkpoints, writer
 from tailor_fast.patching import saving
 from tailor_fast.patching.checkpoints import patch_checkpoint
@@ -101,6 +105,32 @@ def test_what_fails_leaves_nothing_half_made(
     with pytest.raises(StorageError, match="the disk is gone"):
         patch_to_file(base, tuned, out, **run)
     assert names_in(tmp_path) == sorted([*before, "out"] if checkpoint else before)
+
+
+def test_a_patch_that_a_killed_run_did_not_come_to_is_written_later(tmp_path: Path) -> None:
+    base, tuned = llama_pair(tmp_path)
+    out, place, whole = (tmp_path / name for name in ("out", "p.safetensors", "w.safetensors"))
+    run = """
+import os, signal, sys
+from tailor_fast.calibration.options import RunOptions
+from tailor_fast.patching import saving
+saving.write_patch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+saving.patch_to_file(*sys.argv[1:4], save_patch=sys.argv[4])
+"""
+    command = [sys.executable, "-c", run, *map(str, (base, tuned, out, place))]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    written = content(out)
+    assert not place.exists()
+    remedy = re.escape(f"if only its patch is missing, run `tailor-fast diff {base} {out} -o ")
+    with pytest.raises(OutputExistsError, match=f"out: exists already; {remedy}"):
+        patch_to_file(base, tuned, out, save_patch=place)
+    assert names_in(tmp_path) == ["base", "out", "tuned"]  # what the killed run left is gone
+    assert content(out) == written
+    diff_checkpoints(base, out, place)
+    again = replace(RunOptions(), overwrite=True)
+    patch_to_file(base, tuned, out, save_patch=whole, options=again)
+    assert content(out) == written
+    assert place.read_bytes() == whole.read_bytes()
 
 
 def test_on_the_command_line(

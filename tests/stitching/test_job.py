@@ -15,7 +15,7 @@ from tailor_fast.calibration import calibrate
 from tailor_fast.patchfile import diff_checkpoints
 from tailor_fast.patching import Recipe, patch_checkpoint
 from tailor_fast.patching.verify import verify_output
-from tailor_fast.stitching import Task, stitch_checkpoints
+from tailor_fast.stitching import Support, Task, stitch_checkpoints
 from tailor_fast.stitching.report import relative_losses
 from tests.patching.disk import llava_pair, write_scenes, write_texts
 from tests.stitching.disk import (
@@ -185,6 +185,46 @@ def test_old_tasks_are_held_on_to(made: Path, tmp_path: Path) -> None:
     assert old_error(3.0) < 0.7 * old_error(0.01)
 
 
+@pytest.mark.parametrize("support", ["union", "best"])
+def test_with_old_data_the_solve_chooses_as_many_weights_itself(
+    support: Support, made: Path, tmp_path: Path
+) -> None:
+    reports = {}
+    for refits in (0, None):
+        out = tmp_path / f"out-{refits}"
+        reports[refits] = stitch_checkpoints(
+            made / "base",
+            tasks_of(made),
+            out,
+            Recipe(refits=refits),
+            support=support,
+            retain=made / "old.safetensors",
+            options=OPTIONS,
+        )
+        assert verify_output(out).ok
+    by_score, chosen = reports[0], reports[None]
+    assert (by_score.recipe["refits"], chosen.recipe["refits"]) == (0, 4)
+    assert not any("refits" in note for note in by_score.notes)
+    assert "the mask is chosen in 4 refits" in " ".join(chosen.notes)
+    for before, after in zip(by_score.linears, chosen.linears, strict=True):
+        assert after.kept == before.kept
+        assert after.loss < before.loss
+        assert after.loss_reverted == pytest.approx(before.loss_reverted)
+
+
+def test_a_chosen_score_or_scope_leaves_the_mask_to_the_score(made: Path, tmp_path: Path) -> None:
+    for index, recipe in enumerate((Recipe(sensitivity="diag"), Recipe(scope="row"))):
+        report = stitch_checkpoints(
+            made / "base",
+            tasks_of(made),
+            tmp_path / f"out-{index}",
+            recipe,
+            retain=made / "old.safetensors",
+            options=OPTIONS,
+        )
+        assert report.recipe["refits"] == 0
+
+
 def test_best_keeps_one_density(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = stitch_checkpoints(made / "base", tasks_of(made), out, support="best", options=OPTIONS)
@@ -297,7 +337,9 @@ RECIPES = {
     "decorate 'obs' is for one task": Recipe(decorate="obs"),
     "propagate 'sequential' is for one task": Recipe(propagate="sequential"),
     "untouched 'tuned' is for one task": Recipe(untouched="tuned"),
-    "refits 4 is for one task": Recipe(refits=4),
+    "refits choose the mask of a whole layer for all tasks; got scope 'row'": Recipe(
+        refits=4, scope="row"
+    ),
     "scope 'global' cannot be used": Recipe(scope="global"),
     "compares with old tasks; got no old-task data": Recipe(sensitivity="ratio"),
 }

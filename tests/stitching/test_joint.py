@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tailor_fast._core.errors import InputError
+from tailor_fast._core.processes import ALONE
 from tailor_fast.calibration.moments import DiagonalMoments, MomentSums
 from tailor_fast.ops.decorate import decorate_exact
+from tailor_fast.patching import Recipe
 from tailor_fast.patching.equations import Layer, build_system
+from tailor_fast.patching.refit import refit_mask
 from tailor_fast.stitching.joint import Answer, JointSums, require_grams
 from tailor_fast.testing import assert_within
 
@@ -103,6 +106,38 @@ def test_at_density_one_the_solution_is_the_dense_minimiser() -> None:
     least = objective(dense, *parts, old)
     assert objective(patch.double(), *parts, old) <= least * (1 + 1e-4)
     assert torch.allclose(patch.double(), dense, rtol=0, atol=1e-3 * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("tile", [ROWS, 3])
+def test_a_refitted_mask_and_its_patch_are_the_dense_solutions(tile: int) -> None:
+    *parts, old = problem()
+    system, recipe = joint(*parts, old), Recipe(refits=1, tol=1e-9)
+    tiles = system.tiles(tile, recipe)
+    assert [len(part.delta) for part in tiles] == ([ROWS] if tile == ROWS else [3, 3, 1])
+    counted = torch.zeros(ROWS, COLS, dtype=torch.bool)
+    counted[:, :3] = True
+    mask = refit_mask(counted, tiles, recipe, ([slice(0, ROWS)], ALONE), "layer")
+
+    at = torch.zeros(ROWS, COLS, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(objective(at, *parts, old), at)
+    hessian = torch.autograd.functional.hessian(
+        lambda row: objective(torch.cat([row[None], at[1:].detach()]), *parts, old), at[0].detach()
+    )
+    dense = -torch.linalg.solve(hessian, slope.T).T
+    cost = dense.square() / torch.linalg.inv(hessian).diagonal()
+    best = cost.flatten().topk(int(counted.count_nonzero())).indices
+    assert set(mask.flatten().nonzero()[:, 0].tolist()) == set(best.tolist())
+
+    expected = torch.zeros_like(dense)
+    for row, kept in enumerate(mask):
+        if kept.any():
+            expected[row, kept] = torch.linalg.solve(hessian[kept][:, kept], -slope[row, kept])
+    solved = [part.solve(rows) for part, rows in zip(tiles, mask.split(tile), strict=True)]
+    patch = torch.cat([one.patch for one in solved]).double()
+    assert torch.allclose(patch, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    least = objective(expected, *parts, old)
+    assert objective(patch, *parts, old) <= least * (1 + 1e-6)
+    assert sum(one.loss for one in solved).item() == pytest.approx(least.item(), rel=1e-4)
 
 
 def test_a_single_task_is_equation_6() -> None:

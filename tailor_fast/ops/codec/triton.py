@@ -3,10 +3,12 @@
 A tile is 2048 elements, ``[256, 8]``: a row shares a byte of the bit mask. The n-th set bit of a
 tile has the n-th of its words; the bits below one in its byte and the bytes before it are counted
 on chip. Applying reads the bit mask twice (once to prove the patch, before anything is written),
-the words twice and the target once, and writes the tiles that change.
+the words twice and the target once, and writes the tiles that change. The proof stays on the
+device: the last kernel looks at it and writes nothing where it failed, and the host, which reports
+what was wrong, waits for the proof alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -165,16 +167,18 @@ def check_words_kernel(words_ptr, faults_ptr, count):
         tl.atomic_min(faults_ptr + ZERO, first)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "words"])
 def apply_kernel(
     target_ptr,  # [size] words
-    bits_ptr, ends_ptr, counts_ptr, words_ptr,
-    size,
+    bits_ptr, ends_ptr, counts_ptr, words_ptr, faults_ptr,
+    size, words,
 ):  # fmt: skip
-    """XOR the words into the elements that are set."""
+    """XOR the words into the elements that are set, unless the patch has a fault."""
     tile = tl.program_id(0)
     count = tl.load(counts_ptr + tile)
-    if count > 0:
+    faults = tl.load(faults_ptr + PAD) | tl.load(faults_ptr + BAD_BLOCK)
+    faults |= tl.load(faults_ptr + ZERO)
+    if (count > 0) & (faults == 0) & (tl.load(faults_ptr + FOUND) == words):
         start, first_byte, left = _places(tile, size)
         place, byte = _local()
         bits = tl.load(bits_ptr + first_byte + byte, mask=byte * 8 < left, other=0).to(tl.int32)
@@ -232,10 +236,30 @@ def apply_patch_(
     if words.numel():
         programs = -(-words.numel() // ZEROS.value)
         _launch(check_words_kernel, programs, CHECK_LAUNCH, words, faults, words.numel())
-    _require_sound(faults.tolist(), size, words, blocks, counts)
+    read = _read(faults)
     if words.numel():
         ends = counts.cumsum(0)  # int64
-        _launch(apply_kernel, _tiles(size), TILE_LAUNCH, raw, mask, ends, counts, words, size)
+        given = raw, mask, ends, counts, words, faults, size, words.numel()
+        _launch(apply_kernel, _tiles(size), TILE_LAUNCH, *given)
+    _require_sound(read(), size, words, blocks, counts)
+
+
+def _read(numbers: torch.Tensor) -> Callable[[], list[int]]:
+    """Begin to copy numbers to the host; the function that is returned waits for them alone."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    with torch.cuda.device(numbers.device):
+        here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        here.copy_(numbers, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        found: list[int] = here.tolist()
+        return found
+
+    return wait
 
 
 def _require_sound(
@@ -261,7 +285,8 @@ def _require_sound(
 def kernels() -> tuple[KernelForm, ...]:
     """The forms in which real launches compile the kernels, for ahead-of-time compilation."""
     fixed = {"bits_ptr": "*u8", "allow_ptr": "*u8", "blocks_ptr": "*i32", "counts_ptr": "*i32"}
-    fixed |= {"ends_ptr": "*i64", "faults_ptr": "*i64", "size": "i64", "count": "i64"}
+    fixed |= {"ends_ptr": "*i64", "faults_ptr": "*i64"}
+    fixed |= dict.fromkeys(("size", "count", "words"), "i64")
     forms = []
 
     def add(kernel: Any, launch: Launch, word: str, **constants: None) -> None:

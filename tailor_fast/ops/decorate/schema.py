@@ -11,13 +11,9 @@ import torch
 
 from tailor_fast._core.backend import Order, implementation
 from tailor_fast._core.library import register
+from tailor_fast.ops.damping import damping_of
 from tailor_fast.ops.decorate.inputs import OfficialOptions
-from tailor_fast.ops.decorate.values import (
-    check_apart,
-    check_finite,
-    check_gram,
-    damping_of,
-)
+from tailor_fast.ops.decorate.values import check_apart, check_finite, check_gram
 
 # On CPU tensors Triton means its interpreter: for tests, never what `auto` takes.
 ORDER: Order = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
@@ -51,7 +47,8 @@ def _exact(
     backend: str,
 ) -> PatchAndLosses:
     _check("decorate_exact", gram, delta=delta, rhs=rhs)
-    damping = damping_of(gram, percdamp, damping)
+    if damping is None:
+        damping = damping_of(gram.diagonal(), percdamp)
     run = _load(backend, gram).decorate_exact
     result: PatchAndLosses = run(
         delta, mask, gram, rhs, target_energy, damping, tol, max_iterations
@@ -74,7 +71,8 @@ def _exact_(
 ) -> Losses:
     check_apart("decorate_exact_", weight, base)
     _check("decorate_exact_", gram, weight=weight, base=base, rhs=rhs)
-    damping = damping_of(gram, percdamp, damping)
+    if damping is None:
+        damping = damping_of(gram.diagonal(), percdamp)
     run = _load(backend, gram).decorate_exact_
     result: Losses = run(weight, base, mask, gram, rhs, target_energy, damping, tol, max_iterations)
     return result

@@ -1,4 +1,4 @@
-"""What depends on the values of the tensors: checks inside the registered ops, and the damping."""
+"""What depends on the values of the tensors: checks inside the registered ops."""
 
 import math
 
@@ -47,10 +47,3 @@ def check_apart(op: str, weight: torch.Tensor, base: torch.Tensor) -> None:
     ends = weight.data_ptr() + weight.nbytes, base.data_ptr() + base.nbytes
     if weight.data_ptr() < ends[1] and base.data_ptr() < ends[0]:
         fail(op, "weight", "in memory apart from base", f"overlapping {describe(weight)}")
-
-
-def damping_of(gram: torch.Tensor, percdamp: float, damping: float | None = None) -> float:
-    """λ: ``damping`` where given, else ``percdamp`` times the Gram's mean diagonal (in float64)."""
-    if damping is not None:
-        return damping
-    return percdamp * gram.diagonal().double().mean().item() if gram.numel() else 0.0

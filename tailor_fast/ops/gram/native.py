@@ -13,7 +13,7 @@ from tailor_fast import _C
 from tailor_fast.ops.gemm import add_product_
 
 CHUNK_TOKENS = 2048
-_BLOCK = 512  # columns that are mirrored at a time
+_BLOCK = 256  # rows and columns of a tile that is mirrored at a time: it stays in the cache
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -48,12 +48,22 @@ def accumulate_gram_(gram: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | N
     """``gram [cols, cols] += sum of x_t x_t^T``, exactly symmetric."""
     for chunk in _chunks(x, _counted(mask)):
         add_product_(gram, chunk.T, chunk, lower=True)
-    # The lower triangle decides, in the blocks on the diagonal too.
-    for start in range(0, gram.shape[0], _BLOCK):
-        stop = start + _BLOCK
-        block = gram[start:stop, start:stop]
-        block.copy_(block.tril() + block.tril(-1).T)
-        gram[start:stop, stop:] = gram[stop:, start:stop].T
+    _mirror_(gram)
+
+
+def _mirror_(gram: torch.Tensor) -> None:
+    """Overwrite what is above the diagonal with what is below it."""
+    size = gram.shape[0]
+    lower = torch.ones(min(size, _BLOCK), min(size, _BLOCK), dtype=torch.bool).tril_()
+    for start in range(0, size, _BLOCK):
+        cols = slice(start, min(start + _BLOCK, size))
+        for below in range(start, size, _BLOCK):
+            rows = slice(below, min(below + _BLOCK, size))
+            tile = gram[rows, cols].contiguous().T.contiguous()
+            if below == start:
+                width = len(tile)
+                tile = torch.where(lower[:width, :width], gram[rows, cols], tile)
+            gram[cols, rows] = tile
 
 
 def accumulate_cross_gram_(

@@ -1,5 +1,7 @@
 """Public functions of the ``select`` op: checks, then one dispatch line each."""
 
+from collections.abc import Sequence
+
 import torch
 
 from tailor_fast._core.backend import Backend
@@ -98,12 +100,7 @@ def select_patch(
             and the first linear index.
     """
     op = "select_patch"
-    check_options(op, sensitivity, salience_weight, normalize)
-    check_range(op, "density", density, 0, 1)
-    if scope in WIDE_SCOPES:
-        hint = "TopKSelector finds one k over several tensors"
-        fail(op, "scope", f"one of {', '.join(SCOPES)}", repr(scope), hint)
-    check_choice(op, "scope", scope, SCOPES)
+    _check_recipe(op, sensitivity, density, salience_weight, normalize, scope)
     check_pair(op, base, tuned, column_weight, salience_weight)
     mask: torch.Tensor = _OPS.select_patch(
         base,
@@ -118,3 +115,73 @@ def select_patch(
         backend,
     )
     return mask
+
+
+def select_patches(
+    bases: Sequence[torch.Tensor],
+    tuneds: Sequence[torch.Tensor],
+    column_weights: Sequence[torch.Tensor] | None = None,
+    *,
+    sensitivity: Sensitivity = "obs",
+    density: float = 0.1,
+    salience_weight: float = 0.5,
+    normalize: Normalize = "row_block",
+    scope: Scope = "tensor",
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> list[torch.Tensor]:
+    """Return the masks of several pairs: ``select_patch`` of each, bit for bit.
+
+    On a GPU the pairs share their launches and the host waits once, where a call per tensor costs
+    more time than the tensor. Units of scope stay within their tensors.
+
+    Args:
+        bases: weights before fine-tuning, each float32/bfloat16/float16 ``[rows, cols]``, all on
+            one device.
+        tuneds: as many fine-tuned weights, each of its base's shape and dtype.
+        column_weights: one vector ``c`` for each, float32 ``[cols]``. None only with
+            ``salience_weight=1``, which does not read it.
+        sensitivity: as in ``select_patch``, like the other options.
+        density: fraction kept.
+        salience_weight: omega in [0, 1].
+        normalize: unit of the z-score.
+        scope: what competes for the places.
+        names: tensors' names for error messages.
+        backend: see ``tailor_fast.backends()``.
+
+    Returns:
+        A bool mask ``[rows, cols]`` for each.
+
+    Raises:
+        TypeError: as ``select_patch``.
+        ValueError: as ``select_patch``, or sequences of different lengths.
+    """
+    op = "select_patches"
+    _check_recipe(op, sensitivity, density, salience_weight, normalize, scope)
+    count = len(bases)
+    for name, given in (("tuneds", tuneds), ("column_weights", column_weights), ("names", names)):
+        if given is not None and len(given) != count:
+            fail(op, name, f"{count} like bases", f"{len(given)}")
+    weights = [None] * count if column_weights is None else column_weights
+    for base, tuned, weight in zip(bases, tuneds, weights, strict=True):
+        check_pair(op, base, tuned, weight, salience_weight)
+        if base.device != bases[0].device:
+            fail(op, "bases", f"all on {bases[0].device}", f"one on {base.device}")
+    if count == 0:  # torch finds an op's device by its tensors
+        return []
+    options = sensitivity, density, salience_weight, normalize, scope, names, backend
+    masks: list[torch.Tensor] = _OPS.select_patches(
+        list(bases), list(tuneds), list(column_weights or []), *options
+    )
+    return masks
+
+
+def _check_recipe(
+    op: str, sensitivity: str, density: float, salience_weight: float, normalize: str, scope: str
+) -> None:
+    check_options(op, sensitivity, salience_weight, normalize)
+    check_range(op, "density", density, 0, 1)
+    if scope in WIDE_SCOPES:
+        hint = "TopKSelector finds one k over several tensors"
+        fail(op, "scope", f"one of {', '.join(SCOPES)}", repr(scope), hint)
+    check_choice(op, "scope", scope, SCOPES)

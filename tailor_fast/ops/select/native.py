@@ -6,6 +6,7 @@ collects the little between them; counts prove the cuts, or an exact search foll
 than a cache are held and counted instead. The bits are those of the reference.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,6 @@ class Tuning(NamedTuple):
     """What tests turn; the mask does not depend on it.
 
     Attributes:
-        isa: one of ``_C.select_instruction_sets()``, "" for the best.
         stream_from: elements of a unit from which it is streamed instead of held.
         budget_part: candidates may be this part of the elements of a unit.
         bracket: score and linear index of two cuts between which the threshold is said to lie,
@@ -38,7 +38,6 @@ class Tuning(NamedTuple):
             of lower indices.
     """
 
-    isa: str = ""
     stream_from: int = 1 << 20
     budget_part: int = 16
     bracket: tuple[float, int, float, int] | None = None
@@ -112,6 +111,19 @@ def select_patch(
     return mask
 
 
+def select_patches(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    scorings: Sequence[Scoring],
+    scope: str,
+    density: float,
+) -> list[torch.Tensor]:
+    """``select_patch`` of each pair: a call costs nothing beside its tensor."""
+    return [
+        select_patch(*pair, scoring, scope, density)
+        for pair, scoring in zip(pairs, scorings, strict=True)
+    ]
+
+
 def _topk_mask(scores: torch.Tensor, k: int, tuning: Tuning) -> tuple[torch.Tensor, _Fault, Work]:
     size, address = scores.numel(), scores.data_ptr()
     pair = (address, address, 0, 1, size, _DTYPES[scores.dtype], _SCORES, 1.0, 0, 0)
@@ -148,7 +160,6 @@ def _run(
         *unit,
         *k,
         mask.data_ptr(),
-        tuning.isa,
         torch.get_num_threads(),
         tuning.stream_from,
         tuning.budget_part,
@@ -162,12 +173,11 @@ def score_pair(
     tuned: torch.Tensor,
     column_weight: torch.Tensor | None,
     scoring: Scoring,
-    isa: str = "",
 ) -> torch.Tensor:
     """All scores of a pair, float32 ``[rows, cols]``: the bits that the masks rank by."""
     scores = torch.empty(base.shape)
     pair = _describe(base, tuned, column_weight, scoring)
-    fault = _C.select_scores(pair, scores.data_ptr(), isa, torch.get_num_threads())
+    fault = _C.select_scores(pair, scores.data_ptr(), torch.get_num_threads())
     _require_finite(fault, scoring)
     return scores
 
@@ -181,7 +191,7 @@ def tensor_affine(
     """Mean and factor of each term over the tensor, float32 ``[terms, 2]``."""
     pair = _describe(base, tuned, column_weight, scoring._replace(affine=None))
     affine = torch.empty((2 if _BOTH <= pair[6] < _SENSITIVITY else 1, 2))
-    fault = _C.select_affine(pair, affine.data_ptr(), _DEFAULTS.isa, torch.get_num_threads())
+    fault = _C.select_affine(pair, affine.data_ptr(), torch.get_num_threads())
     _require_finite(fault, scoring)
     return affine
 
@@ -204,7 +214,6 @@ def count_keys_(
         *interval,
         counts.data_ptr(),
         keys.data_ptr(),
-        _DEFAULTS.isa,
         torch.get_num_threads(),
     )
     _require_finite(fault, scoring)
@@ -232,7 +241,6 @@ def mark_pair_(
         int(threshold),
         int(ties),
         mask.data_ptr(),
-        _DEFAULTS.isa,
         torch.get_num_threads(),
     )
     _require_finite(fault, scoring)

@@ -1,5 +1,6 @@
 """Options of the ``select`` op: their names, what a backend receives, and their checks."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -88,3 +89,16 @@ def check_column_weight(column_weight: torch.Tensor | None, scoring: Scoring) ->
         column = int(bad.nonzero()[0])
         got = f"{column_weight[column].item()} at column {column}"
         fail(scoring.op, scoring.describe("column_weight"), "finite and >= 0", got)
+
+
+def check_column_weights(
+    column_weights: Sequence[torch.Tensor], scorings: Sequence[Scoring]
+) -> None:
+    """``check_column_weight`` of several, which looks at all of them at once."""
+    if not column_weights or scorings[0].salience_weight == 1:
+        return
+    distinct = {weight.data_ptr(): weight for weight in column_weights}
+    together = torch.cat(list(distinct.values()))
+    if not bool(((together >= 0) & together.isfinite()).all()):
+        for weight, scoring in zip(column_weights, scorings, strict=True):
+            check_column_weight(weight, scoring)

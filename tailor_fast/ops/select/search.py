@@ -18,6 +18,7 @@ from tailor_fast._core.density import kept_count
 from tailor_fast.ops.select.radix import DIGITS, NO_KEY, KeyInterval, kth_keys, locate
 
 EVERYTHING = KeyInterval(None, -NO_KEY, NO_KEY)
+_CHUNK = 1 << 20  # keys worked on at a time: what that takes beside them, a few times their size
 
 
 class Share(NamedTuple):
@@ -78,7 +79,7 @@ class ThresholdSearch:
         self._above += above
         self._inside += keys.numel()
         if keys.numel() and self.interval.low < self.interval.high:
-            stream.keys.append(keys)
+            stream.keys += keys.split(_CHUNK)
         self._make_room()
 
     def finish_round(self) -> Found | None:
@@ -134,11 +135,18 @@ class ThresholdSearch:
         """Narrow the interval; the keys of a single one are counted and not held."""
         self.interval = self.interval._replace(low=low, high=high)
         for stream in self._streams.values():
-            keys = torch.cat(stream.keys) if stream.keys else torch.empty(0, dtype=torch.int32)
-            stream.above += int((keys > high).count_nonzero())
-            keys = keys[(keys >= low) & (keys <= high)]
-            stream.inside = keys.numel()
-            stream.keys = [keys] if stream.inside and low < high else []
+            before, stream.keys, stream.inside = stream.keys, [], 0
+            few: list[torch.Tensor] = []
+            while before:  # each is freed at once: all of them are never there twice
+                keys = before.pop()
+                stream.above += int((keys > high).count_nonzero())
+                few.append(keys[(keys >= low) & (keys <= high)])
+                stream.inside += few[-1].numel()
+                if low == high:
+                    few = []
+                elif not before or sum(map(torch.numel, few)) >= _CHUNK:
+                    stream.keys.append(torch.cat(few))
+                    few = []
         self._above = sum(stream.above for stream in self._streams.values())
         self._inside = sum(stream.inside for stream in self._streams.values())
 

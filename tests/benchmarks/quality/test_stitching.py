@@ -8,9 +8,11 @@ import torch
 
 from benchmarks.quality import stitching, stitching_rows, stitching_rules, training
 from benchmarks.quality.scenes import OLD_TASKS
-from benchmarks.quality.stitching import TASKS, Line
-from benchmarks.quality.stitching_rows import ROWS, Bench
+from benchmarks.quality.stitching import Line
+from benchmarks.quality.stitching_rows import GROUPS, ROWS, Bench
 from tests.benchmarks.quality.conftest import INSTANT
+
+TASKS = ("code", "next")
 
 
 def _state(*values: float) -> dict[str, torch.Tensor]:
@@ -127,14 +129,14 @@ def test_rows_run_on_checkpoints_and_read_back(
         for task in TASKS
     }
     bench = Bench(base, tuned, 0, tmp_path)
-    names = ("base", "tuned-next", "patches-sum", "surrogate", "joint-union", "joint-best-retain")
+    names = ("base", "tuned-next", "patches-sum", "surrogate", "joint-union", "refit-best-retain")
     rows = {name: replace(ROWS[name], grid=ROWS[name].grid[:1]) for name in names}
     lines = list(stitching.measure(bench, rows, 0, quiet))
     assert len(lines) == 2 * (2 + 2 * 4)  # two choices; dense rows, and sparse ones at one density
     shares = {(line.row, line.density): line.changed for line in lines}
     assert shares["base", 0.0] == 0
     assert shares["tuned-next", 0.0] > 0.9
-    assert 0.04 < shares["joint-best-retain", 0.05] <= 0.05
+    assert 0.04 < shares["refit-best-retain", 0.05] <= 0.05
     assert 0.05 < shares["joint-union", 0.05] <= 0.1
     assert shares["surrogate", 0.05] == pytest.approx(shares["patches-sum", 0.05], abs=2e-3)
     states = {name: row.make(bench, row.grid[0]) for name, row in rows.items()}
@@ -155,6 +157,33 @@ def test_rows_run_on_checkpoints_and_read_back(
     assert [remark.split(";")[0] for remark in remarks] == ["# one", "# two"]
     spread = stitching.spreads(again, "tuned-next", 0.0, "held")
     assert spread["changed"].mean == pytest.approx(100 * shares["tuned-next", 0.0], abs=1e-3)
+
+
+def test_four_fine_tunes_are_four_tasks_and_none_of_the_others_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stitching_rows, "PROMPTS", {"validation": 5, "test": 5})
+    instant = {
+        name: tuple(replace(one, pretraining=INSTANT.pretraining) for one in group)
+        for name, group in GROUPS.items()
+    }
+    short = {
+        name: tuple(replace(one, finetuning=replace(one.finetuning, steps=2)) for one in group)
+        for name, group in instant.items()
+    }
+    monkeypatch.setattr(stitching, "GROUPS", short)
+
+    def quiet(_line: str) -> None:
+        pass
+
+    rows = ("base", "tuned-next", "tuned-mirror")
+    four = list(stitching.run(tmp_path, "four", 0, rows, quiet))
+    assert [line.row for line in four[::2]] == list(rows)
+    assert stitching.new_tasks(four[0].scores) == ["code", "next", "twice", "mirror"]
+    two = list(stitching.run(tmp_path, "two", 0, rows, quiet))
+    assert [line.row for line in two[::2]] == list(rows[:2])
+    found = stitching.figures(four[0].scores, four[0].scores)
+    assert found["mean"] == pytest.approx(sum(four[0].scores.values()) / 9)
 
 
 def _rounded(line: Line) -> Line:

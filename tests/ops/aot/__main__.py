@@ -38,6 +38,7 @@ def source(form: KernelForm) -> ASTSource:
         raise ValueError(f"arguments {sorted(names)}, but the form describes {sorted(given)}")
     if not form.aligned <= set(form.signature):
         raise ValueError(f"{sorted(form.aligned - set(form.signature))} cannot be aligned")
+    hash(tuple(form.constexprs.values()))  # a launch looks its constants up
     return ASTSource(
         form.kernel,
         {name: form.signature.get(name, "constexpr") for name in names},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tailor_fast.ops.decorate import Decorated, decorate_exact, decorate_obs, decorate_official
 from tailor_fast.ops.decorate.api import TOL
+from tailor_fast.ops.decorate.inputs import OfficialOptions
 from tailor_fast.testing import assert_within
 from tests.backends import KERNELS, needs_native, on_kernels
 
@@ -19,6 +20,7 @@ from .problems import sweep as swept
 pytestmark = needs_native
 native = pytest.importorskip("tailor_fast.ops.decorate.native")
 exact = pytest.importorskip("tailor_fast.ops.decorate.native.exact")
+official = pytest.importorskip("tailor_fast.ops.decorate.native.official")
 root = pytest.importorskip("tailor_fast.ops.decorate.native.root")
 sweep = pytest.importorskip("tailor_fast.ops.decorate.native.sweep")
 
@@ -258,6 +260,33 @@ def test_rows_of_any_density_are_gathered_alike(density: float) -> None:
             for dtype in (torch.float64, torch.float32)
         )
         assert_within(solve(problem, percdamp=0.1, tol=1e-12).patch, best, plain)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 17, 128])
+@pytest.mark.parametrize("reproduce_nan", [False, True])
+def test_scores_of_a_block(width: int, reproduce_nan: bool) -> None:
+    """Their values: a mask tells their order alone. The last row's salience has no spread."""
+    rows = 37
+    working, salience = torch.randn(rows, width), torch.rand(rows, width)
+    salience[-1] = 0
+    factor = torch.eye(width) * (0.5 + torch.rand(width))
+    options = OfficialOptions(0.9, (0.3, 0.7), 128, 0.01, 0, 0, reproduce_nan)
+    ours = official._score(working, salience, sweep.Block.build(factor, sign=1), options)
+
+    def scores(dtype: torch.dtype) -> torch.Tensor:
+        squares = (working.to(dtype) / factor.diagonal().to(dtype)).square()
+        total = torch.zeros(rows, width, dtype=dtype)
+        for part, weight in zip((salience.to(dtype), squares), (0.3, 0.7), strict=True):
+            far = part - part.mean(1, keepdim=True)
+            z = far / (far.square().sum(1, keepdim=True) / (width - 1)).sqrt()
+            total += weight * (z if reproduce_nan else z.nan_to_num(0.0))
+        return total
+
+    best, plain = scores(torch.float64), scores(torch.float32)
+    missing = best.isnan()
+    assert missing.all(1).tolist() == [reproduce_nan and width == 1] * 36 + [reproduce_nan]
+    assert torch.equal(ours.isnan(), missing)
+    assert_within(ours[~missing], best[~missing], plain[~missing])
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -5,29 +5,22 @@ What ``auto`` takes is turned, not the calls.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib import import_module
 from unittest import mock
 
 import pytest
 
-from tailor_fast._core.extension import load_extension
 from tailor_fast.ops.select.schema import ORDER
-from tests.backends import NATIVE
+from tests.backends import INSTRUCTION_SETS, NATIVE, instruction_set
 
 # These name the implementation that they call.
-ONE_BACKEND = ("test_scores", "test_native", "test_triton", "test_triton_ptx", "test_select_gpu")
-
-
-def instruction_sets() -> list[str]:
-    """What the native kernels run with here, the best one last."""
-    extension = load_extension()
-    return [] if isinstance(extension, ImportError) else extension.select_instruction_sets()
+ONE_BACKEND = ("test_scores", "test_native", "test_select_gpu")
+ONE_BACKEND += ("test_triton", "test_triton_grid", "test_triton_ptx")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__.rpartition(".")[2] not in ONE_BACKEND:
         metafunc.fixturenames.append("auto_backend")
-        backends = [NATIVE, *(f"native-{isa}" for isa in instruction_sets()[:-1]), "reference"]
+        backends = [NATIVE, *(f"native-{isa}" for isa in INSTRUCTION_SETS[:-1]), "reference"]
         metafunc.parametrize("auto_backend", backends, indirect=True, scope="module")
 
 
@@ -38,7 +31,5 @@ def auto_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(ORDER, {"cpu": (name, "reference")}))
         if isa:
-            native = import_module("tailor_fast.ops.select.native")
-            tuning = native._DEFAULTS._replace(isa=isa)
-            stack.enter_context(mock.patch.object(native, "_DEFAULTS", tuning))
+            stack.enter_context(instruction_set(isa))
         yield name

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from tailor_fast._core.extension import load_extension
 from tailor_fast.ops.select import reference
 from tailor_fast.ops.select.options import NORMALIZATIONS, SCOPES, SENSITIVITIES, Scoring
 from tailor_fast.ops.select.radix import KeyInterval, float_keys
-from tests.backends import needs_native
+from tests.backends import INSTRUCTION_SETS, instruction_set, needs_native
 from tests.ops.select.cases import DTYPES, make_pair, tied_pair
 
 pytestmark = needs_native
@@ -22,9 +22,14 @@ EXTENSION = load_extension()
 if not isinstance(EXTENSION, ImportError):
     from tailor_fast.ops.select import native
 
-ISAS = [] if isinstance(EXTENSION, ImportError) else EXTENSION.select_instruction_sets()
 INF = math.inf
 STREAMED = 1  # `stream_from`: everything is
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with instruction_set(request.param):
+        yield
 
 
 def unaligned(x: torch.Tensor, offset: int) -> torch.Tensor:
@@ -44,15 +49,15 @@ def selected(
     return mask, work
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_have_the_same_bits(isa: str, normalize: str, dtype: torch.dtype) -> None:
+def test_scores_have_the_same_bits(normalize: str, dtype: torch.dtype) -> None:
     for shape in [(3, 1153), (1, 1)]:
         base, tuned, c = make_pair(*shape, dtype)
         for sensitivity, w in itertools.product(SENSITIVITIES, (0.0, 0.3, 1.0)):
             scoring = Scoring(sensitivity, w, normalize)
-            ours = native.score_pair(base, tuned, c, scoring, isa)
+            ours = native.score_pair(base, tuned, c, scoring)
             expected = reference.score_pair(base, tuned, c, scoring)
             assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
 
@@ -74,14 +79,9 @@ def test_masks_have_the_same_bits(data: st.DataObject) -> None:
     )
     scope = data.draw(st.sampled_from(SCOPES))
     density = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    mask, _ = selected(
-        pair,
-        scoring,
-        scope,
-        density,
-        isa=data.draw(st.sampled_from(ISAS)),
-        stream_from=data.draw(st.sampled_from([STREAMED, 1 << 20])),
-    )
+    stream_from = data.draw(st.sampled_from([STREAMED, 1 << 20]))
+    with instruction_set(data.draw(st.sampled_from(INSTRUCTION_SETS))):
+        mask, _ = selected(pair, scoring, scope, density, stream_from=stream_from)
     assert torch.equal(mask, reference.select_patch(*pair, scoring, scope, density))
 
 
@@ -97,14 +97,12 @@ BRACKETS: dict[str, Bracket] = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bracket", BRACKETS.values(), ids=BRACKETS)
-def test_a_missed_bracket_costs_passes_only(isa: str, bracket: Bracket) -> None:
+def test_a_missed_bracket_costs_passes_only(bracket: Bracket) -> None:
     pair = make_pair(60, 700, torch.bfloat16)
     scoring = Scoring("obs", 0.5, "row_block")
-    mask, work = selected(
-        pair, scoring, "tensor", 0.1, isa=isa, stream_from=STREAMED, bracket=bracket
-    )
+    mask, work = selected(pair, scoring, "tensor", 0.1, stream_from=STREAMED, bracket=bracket)
     # The counts refuse the bracket, or it holds too much to collect: two counting passes, one more.
     assert work.passes == 4
     assert torch.equal(mask, reference.select_patch(*pair, scoring, "tensor", 0.1))
@@ -120,13 +118,13 @@ def test_the_estimate_takes_one_pass(normalize: str) -> None:
     assert torch.equal(mask, reference.select_patch(*pair, scoring, "tensor", 0.1))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.6, 0.99])
-def test_heavy_ties(isa: str, density: float) -> None:
+def test_heavy_ties(density: float) -> None:
     # Three scores in all: the cuts lie among equals, so that few are collected.
     pair = tied_pair(300, 1000)
     scoring = Scoring("diag", 1.0, "none")
-    mask, work = selected(pair, scoring, "tensor", density, isa=isa, stream_from=STREAMED)
+    mask, work = selected(pair, scoring, "tensor", density, stream_from=STREAMED)
     assert work.passes == 1
     assert work.candidates < mask.numel() // 16
     assert torch.equal(mask, reference.select_patch(*pair, scoring, "tensor", density))
@@ -135,7 +133,7 @@ def test_heavy_ties(isa: str, density: float) -> None:
 TIES = 60 * 1500  # one score; the best 9000 are the first ones
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
     ("first", "last", "passes"),
     [
@@ -148,24 +146,24 @@ TIES = 60 * 1500  # one score; the best 9000 are the first ones
         (0, LAST, 4),  # too many to collect
     ],
 )
-def test_cuts_among_equals(isa: str, first: int, last: int, passes: int) -> None:
+def test_cuts_among_equals(first: int, last: int, passes: int) -> None:
     # A cut within a stretch, here 1024 or 476 elements of a row, gives way to an end of it.
     pair = (torch.zeros(60, 1500), torch.ones(60, 1500), torch.ones(1500))
     scoring = Scoring("diag", 1.0, "none")
     bracket = (1.0, first, 1.0, last)
-    tuning = {"isa": isa, "stream_from": STREAMED, "bracket": bracket}
+    tuning = {"stream_from": STREAMED, "bracket": bracket}
     mask, work = selected(pair, scoring, "tensor", 0.1, **tuning)
     assert work.passes == passes
     assert torch.equal(mask.flatten(), torch.arange(TIES) < TIES // 10)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("value", [INF, -INF])
 @pytest.mark.parametrize("k", [1, 4000, 100_000, 196_000, 200_000])
-def test_cuts_among_infinities(isa: str, value: float, k: int) -> None:
+def test_cuts_among_infinities(value: float, k: int) -> None:
     scores = torch.full((200_000,), value)
     scores[::50] = 1.0
-    mask, _, _ = native._topk_mask(scores, k, native.Tuning(isa=isa, stream_from=STREAMED))
+    mask, _, _ = native._topk_mask(scores, k, native.Tuning(stream_from=STREAMED))
     assert torch.equal(mask, reference.topk_mask(scores, k))
 
 
@@ -234,22 +232,22 @@ def test_what_the_selector_calls(threads: int, set_num_threads: Callable[[int], 
             assert torch.equal(*left)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_of_every_kind(isa: str, dtype: torch.dtype) -> None:
+def test_scores_of_every_kind(dtype: torch.dtype) -> None:
     special = [0.0, -0.0, INF, -INF, 2.0**-149, -(2.0**-149), 6e-8, 1e-40, 65504.0, -1.0, 1.0]
     scores = torch.tensor(special).to(dtype).repeat(999)[:9973]
     for k, stream_from in itertools.product((0, 1, 900, 4000, 9972, 9973), (STREAMED, 1 << 20)):
-        tuning = native.Tuning(isa=isa, stream_from=stream_from)
+        tuning = native.Tuning(stream_from=stream_from)
         mask, fault, _ = native._topk_mask(scores, k, tuning)
         assert fault is None
         assert torch.equal(mask, reference.topk_mask(scores, k))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("stream_from", [STREAMED, 1 << 20])
-def test_the_first_fault_is_named(isa: str, stream_from: int) -> None:
-    tuning = native.Tuning(isa=isa, stream_from=stream_from)
+def test_the_first_fault_is_named(stream_from: int) -> None:
+    tuning = native.Tuning(stream_from=stream_from)
     for normalize, scope in itertools.product(NORMALIZATIONS, SCOPES):
         base, tuned, c = make_pair(70, 1100)
         tuned[64, 1099] = INF
@@ -273,8 +271,3 @@ def test_flushed_subnormals_do_not_leak_in(set_num_threads: Callable[[int], None
             assert torch.equal(native._topk_mask(scores, 1000, tuning)[0], expected)
     finally:
         torch.set_flush_denormal(False)
-
-
-def test_an_unknown_instruction_set_is_refused() -> None:
-    with pytest.raises(ValueError, match="no kernels for the instruction set sse9"):
-        native._topk_mask(torch.zeros(3), 1, native.Tuning(isa="sse9"))

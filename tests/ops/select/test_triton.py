@@ -137,7 +137,7 @@ def test_a_bracket_costs_passes_only(
 ) -> None:
     base, tuned, _ = make_pair(33, 300)
     scoring = Scoring("obs", 1.0, "none")
-    bracket = bracket if expected else keys_about(base, tuned, 0.1, 0.04)
+    bracket = bracket if expected else keys_about(base, tuned, 0.1, 0.02)
     assert_mask((base, tuned, None), scoring, scope, 0.1, bracket=bracket)
     assert len(descents) == expected
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 
 from tailor_fast import _C
+from tailor_fast.ops.damping import damping_of
 from tailor_fast.ops.decorate.ladder import climb
 from tailor_fast.ops.decorate.native.exact import FLOAT32_FROM, energy
 from tailor_fast.ops.decorate.native.root import BLOCK, Carry, Root, factorize_
-from tailor_fast.ops.decorate.values import damping_of
 from tailor_fast.ops.gemm import add_product_
 
 Tensor = torch.Tensor
@@ -82,7 +82,8 @@ def factorize(gram: Tensor, percdamp: float) -> Root:
     Raises:
         ValueError: not positive definite with any damping that is tried.
     """
-    if damping_of(gram, 1.0) == 0.0:  # inputs that were never seen: nothing costs anything
+    # inputs that were never seen: nothing costs anything
+    if damping_of(gram.diagonal(), 1.0) == 0.0:
         return Root(None, [], 0.0)
     (upper, inverses), damping = climb(gram, percdamp, _root)
     return Root(upper, inverses, damping)

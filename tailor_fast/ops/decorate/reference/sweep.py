@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from tailor_fast.ops.damping import damping_of
 from tailor_fast.ops.decorate.ladder import climb
-from tailor_fast.ops.decorate.values import damping_of
 
 BLOCK = 128  # columns swept one by one before one GEMM carries them to the rest
 _PANEL = 1024  # columns of the Gram that one GEMM of an energy takes
@@ -63,7 +63,8 @@ def factorize(gram: torch.Tensor, percdamp: float) -> ObsFactor:
     Raises:
         ValueError: not positive definite even then.
     """
-    if damping_of(gram, 1.0) == 0.0:  # inputs that were never seen: H = 0, nothing costs anything
+    # inputs that were never seen: H = 0, nothing costs anything
+    if damping_of(gram.diagonal(), 1.0) == 0.0:
         return ObsFactor(torch.diag(gram.new_full((len(gram),), math.inf)), 0.0)
     upper, damping = climb(gram, percdamp, _inverse_factor)
     return ObsFactor(upper.float(), damping)

@@ -50,22 +50,45 @@ class _Rows(NamedTuple):
     rhs: Tensor | None
 
     def part(self, rows: Tensor) -> "_Rows":
+        """Some rows, in order; all of them are not copied."""
+        if len(rows) == len(self.d):
+            return self
         rhs = None if self.rhs is None else self.rhs[rows]
         return _Rows(self.problem, self.d[rows], self.keep[rows], rhs)
 
-    def evaluate(self, p: Tensor, *, precise: bool = True) -> tuple[Tensor, Tensor]:
+    def evaluate(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """``(b - Ap)_K`` and the objective of each row, float64; without ``rhs``, b is ``d A``."""
         system = self.problem.system
-        answer = system.multiply if precise else system.answer
         lacking = self.d - p
         if self.rhs is None:
-            r = answer(lacking).double()
+            r = system.multiply(lacking)
             loss = (lacking * r).sum(1)
             return r.masked_fill_(~self.keep, 0), loss
         b = self.rhs + self.d * system.damping
-        r = (b - answer(p)).masked_fill_(~self.keep, 0)
+        r = (b - system.multiply(p)).masked_fill_(~self.keep, 0)
         loss = system.damping * self.d.square().sum(1) - (p * (b + r)).sum(1)
         return r, loss
+
+    def estimate(self, delta: Tensor, *, bare: bool) -> tuple[Tensor, Tensor]:
+        """The same at ``p = d`` on K, or at ``p = 0``, from products of float16 and in float32.
+
+        Args:
+            delta: ``d`` as it came, float32.
+            bare: at the bare mask.
+        """
+        system, drop = self.problem.system, ~self.keep
+        if self.rhs is None:
+            lacking = delta.masked_fill(self.keep, 0) if bare else delta
+            r = system.approximate(lacking)
+            loss = (lacking * r).sum(1, dtype=torch.float64)
+            return r.masked_fill_(drop, 0), loss
+        b = torch.add(self.rhs, delta, alpha=system.damping)
+        loss = system.damping * delta.square().sum(1, dtype=torch.float64)
+        if not bare:
+            return b.masked_fill_(drop, 0), loss
+        p = delta.masked_fill(drop, 0)
+        r = (b - system.approximate(p)).masked_fill_(drop, 0)
+        return r, loss - (p * b.add_(r)).sum(1, dtype=torch.float64)
 
     def limit(self, p: Tensor, rounding: Tensor) -> Tensor:
         """Size of the residual up to which a row is proved."""
@@ -83,17 +106,21 @@ def solve_rows(problem: Problem, delta: Tensor, keep: Tensor, rhs: Tensor | None
         rhs: undamped right-hand side, float32 ``[rows, cols]``; None stands for ``delta @ gram``.
     """
     tile = _Rows(problem, delta.double(), keep, rhs)
-    r, reverted = tile.evaluate(torch.zeros_like(tile.d), precise=False)
-    rounding = r.norm(dim=1) * _ROUNDING
     p = tile.d.masked_fill(~keep, 0)
-    from_bare, bare = tile.evaluate(p, precise=False)
+    small = problem.system.small(len(delta))  # then float64 costs nothing
+    if small:
+        (r, reverted), (from_bare, bare) = tile.evaluate(torch.zeros_like(p)), tile.evaluate(p)
+    else:
+        r, reverted = tile.estimate(delta, bare=False)
+        from_bare, bare = tile.estimate(delta, bare=True)
+    rounding = r.norm(dim=1, dtype=torch.float64) * _ROUNDING
     # The better of `p = d` on K and `p = 0`.
     worse = bare > reverted
     p[worse] = 0
-    r = torch.where(worse[:, None], r, from_bare)
+    r = torch.where(worse[:, None], r, from_bare).double()
     del from_bare
     loss = torch.minimum(bare, reverted)
-    margin = 1.0 if problem.system.small(len(delta)) else _MARGIN
+    margin = 1.0 if small else _MARGIN
     open_rows = (r.norm(dim=1) > margin * tile.limit(p, rounding)).nonzero()[:, 0]
     stuck, iterations = _improve(tile, p, r, loss, rounding, open_rows)
     patch = p.masked_fill_(~keep, 0).float()

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from tailor_fast._core.launch import KernelForm, Launch
+from tailor_fast.ops.damping import damping_of
 from tailor_fast.ops.decorate.ladder import climb
 from tailor_fast.ops.decorate.triton.system import System
-from tailor_fast.ops.decorate.values import damping_of
 
 Tensor = torch.Tensor
 
@@ -185,7 +185,8 @@ def factorize(gram: Tensor, percdamp: float) -> Root:
     Raises:
         ValueError: not positive definite with any damping that is tried.
     """
-    if damping_of(gram, 1.0) == 0.0:  # inputs that were never seen: nothing costs anything
+    # inputs that were never seen: nothing costs anything
+    if damping_of(gram.diagonal(), 1.0) == 0.0:
         return Root(None, gram[:0], 0.0)
     root, damping = climb(gram, percdamp, _root)
     # Identity past the last column, so that all blocks are of one size: one batched call. In

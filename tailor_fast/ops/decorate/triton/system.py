@@ -28,6 +28,9 @@ _PANEL = 2048  # columns of the Gram that are converted to float64 at a time
 # One read and two writes: 64 rows and columns are 16 KiB to load, 32 elements a thread.
 HALVES = Launch(num_warps=4)
 HALVES_TILE = 64
+# Eight elements a thread: two loads of 16 bytes. The second pass over a row finds it in the caches.
+SPLIT = Launch(num_warps=4)
+SPLIT_COLS = 1024
 
 
 @triton.jit
@@ -56,11 +59,73 @@ def _halves_kernel(
     tl.store(low_ptr + at, (value - high.to(tl.float32)).to(tl.float16), mask=inside)
 
 
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """``x y`` of float16 matrices in float32."""
+@triton.jit
+def _split_kernel(
+    x_ptr,  # float32 [rows, cols]
+    factor_ptr,  # float32 [cols]
+    size_ptr,  # float32 [rows], receives the largest |x factor| of each row
+    high_ptr,  # float16 [rows, cols]
+    low_ptr,  # float16 [rows, cols], or anything where not TWICE
+    cols,
+    UNIT: tl.constexpr,
+    COLS: tl.constexpr,
+    TWICE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, COLS)
+    largest = tl.zeros((COLS,), tl.float32)
+    for start in range(0, cols, COLS):
+        inside = start + offs < cols
+        x = tl.load(x_ptr + row * cols + start + offs, mask=inside, other=0.0)
+        factor = tl.load(factor_ptr + start + offs, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x * factor))
+    size = tl.maximum(tl.max(largest, 0), 1e-30)  # whose inverse does not overflow
+    tl.store(size_ptr + row, size)
+    scale = UNIT / size
+    for start in range(0, cols, COLS):
+        at, inside = row * cols + start + offs, start + offs < cols
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        factor = tl.load(factor_ptr + start + offs, mask=inside, other=0.0)
+        scaled = x * factor * scale
+        high = scaled.to(tl.float16)
+        tl.store(high_ptr + at, high, mask=inside)
+        if TWICE:
+            tl.store(low_ptr + at, (scaled - high.to(tl.float32)).to(tl.float16), mask=inside)
+
+
+def split(x: Tensor, factor: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of ``x * factor`` in float16, scaled to a largest element of ``UNIT``.
+
+    Args:
+        x: float32 ``[rows, cols]``.
+        factor: float32 ``[cols]``.
+        twice: whether to keep what float16 rounds away.
+
+    Returns:
+        The halves ``[rows, cols]`` (the upper one twice where the lower is not asked for), and the
+        sizes that were scaled, float32 ``[rows, 1]``.
+    """
+    rows, cols = x.shape
+    high = torch.empty_like(x, dtype=torch.float16)
+    low = torch.empty_like(high) if twice else high
+    size = x.new_empty(rows, 1)
+    if rows:
+        _split_kernel[(rows,)](
+            x, factor, size, high, low, cols, UNIT=UNIT, COLS=SPLIT_COLS, TWICE=twice,
+            **asdict(SPLIT),
+        )  # fmt: skip
+    return high, low, size
+
+
+def product(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
+    """``x y`` of float16 matrices in float32; added to ``total``, in place, where there is one."""
     if x.is_cuda:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()  # under the interpreter: the CPU has no such product
+        if total is None:
+            return torch.mm(x, y, out_dtype=torch.float32)
+        out: Tensor = torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
+        return out
+    answer = x.float() @ y.float()  # under the interpreter: the CPU has no such product
+    return answer if total is None else total.add_(answer)
 
 
 class System:
@@ -118,47 +183,39 @@ class System:
     def approximate(self, x: Tensor) -> Tensor:
         """``x A`` in float32, with 21 bits of each factor: three products of float16."""
         high, low = self.halves
-        scaled = x.float() * self.root.float()
-        size = _sizes(scaled)
-        scaled.mul_(UNIT / size)
-        first = scaled.half()
+        first, second, size = split(x.float(), self.root.float(), twice=True)
         answer = product(first, high)
-        answer += product(first, low)
-        answer += product(scaled.sub_(first).half(), high)
+        answer = product(first, low, answer)
+        answer = product(second, high, answer)
         return answer.mul_(size * (self.mean / UNIT**2)).mul_(self.root.float())
-
-    def answer(self, x: Tensor) -> Tensor:
-        """``x A``: in float64 where that costs nothing, else the approximation."""
-        return self.multiply(x) if self.small(len(x)) else self.approximate(x)
 
     def correction(self, z: Tensor) -> Tensor:
         """What the lower half of U's bits adds to ``z U``; 11 bits of ``z`` are enough for that."""
-        size = _sizes(z)
-        return product((z * (UNIT / size)).half(), self.halves[1]).mul_(size / UNIT**2)
+        rounded, _, size = split(z, torch.ones_like(z[0]), twice=False)
+        return product(rounded, self.halves[1]).mul_(size / UNIT**2)
 
     def energy(self, x: Tensor) -> Tensor:
         """``x A x`` summed over rows, 0-d float64; of 11 bits of ``x`` where there are many."""
         if self.small(len(x)):
             return (x.double() * self.multiply(x)).sum()
         high, low = self.halves
-        scaled = x * self.root.float()
-        size = _sizes(scaled)
-        rounded = scaled.mul_(UNIT / size).half()
-        answer = product(rounded, high).add_(product(rounded, low))
+        rounded, _, size = split(x, self.root.float(), twice=False)
+        answer = product(rounded, low, product(rounded, high))
         rows = (answer.mul_(rounded)).sum(1, dtype=torch.float64)
         return (rows * size[:, 0].double().square()).sum() * (self.mean / UNIT**3)
 
 
-def _sizes(x: Tensor) -> Tensor:
-    """Largest element of each row, ``[rows, 1]``; not so small that its inverse overflows."""
-    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30)
-
-
 def forms() -> list[KernelForm]:
-    """The kernel as it is launched."""
+    """The kernels as they are launched."""
     pointers = {"gram_ptr": "*fp32", "row_ptr": "*fp32", "column_ptr": "*fp32"}
     signature = {**pointers, "high_ptr": "*fp16", "low_ptr": "*fp16", "cols": "i32"}
     constants = {"UNIT": UNIT, "TILE": HALVES_TILE}
-    return [
-        KernelForm("halves", _halves_kernel, signature, constants, HALVES, frozenset(signature))
-    ]
+    aligned = frozenset(signature)
+    found = [KernelForm("halves", _halves_kernel, signature, constants, HALVES, aligned)]
+    signature = dict.fromkeys(("x_ptr", "factor_ptr", "size_ptr"), "*fp32")
+    signature |= {"high_ptr": "*fp16", "low_ptr": "*fp16", "cols": "i32"}
+    for twice in (True, False):
+        constants = {"UNIT": UNIT, "COLS": SPLIT_COLS, "TWICE": twice}
+        name, aligned = "split_twice" if twice else "split", frozenset(signature)
+        found.append(KernelForm(name, _split_kernel, signature, constants, SPLIT, aligned))
+    return found

@@ -44,6 +44,7 @@ from tailor_fast.ops.select.reference.masks import (
     count_keys_,
     mark_pair_,
     select_patch,
+    select_patches,
     topk_mask,
 )
 from tailor_fast.ops.select.reference.scores import score_pair, tensor_affine
@@ -53,6 +54,7 @@ __all__ = [
     "mark_pair_",
     "score_pair",
     "select_patch",
+    "select_patches",
     "tensor_affine",
     "topk_mask",
 ]

@@ -1,6 +1,6 @@
 """Masks from scores: one tensor at a time, and the passes over many that a selector asks for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -75,6 +75,19 @@ def select_patch(
     if cols > whole:
         _select_columns(mask, chunks, slice(whole, cols), 1, density)
     return mask
+
+
+def select_patches(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    scorings: Sequence[Scoring],
+    scope: str,
+    density: float,
+) -> list[torch.Tensor]:
+    """``select_patch`` of each pair."""
+    return [
+        select_patch(*pair, scoring, scope, density)
+        for pair, scoring in zip(pairs, scorings, strict=True)
+    ]
 
 
 def _select_columns(

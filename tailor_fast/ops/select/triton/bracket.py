@@ -23,30 +23,58 @@ from tailor_fast.ops.select.triton.scores import (
     tile_keys,
     vectors_of_segment,
 )
-from tailor_fast.ops.select.triton.state import ABOVE, FAULT, FIELDS, HIGH, LOW
+from tailor_fast.ops.select.triton.state import (
+    ABOVE,
+    FAULT,
+    FIELDS,
+    FLAGS,
+    HIGHS,
+    LOWS,
+    PARTS,
+    bracket_of,
+)
+from tailor_fast.ops.select.triton.table import (
+    GROUP,
+    KEPT,
+    LINE,
+    MEMBER,
+    TILES,
+    line_of,
+    mask_of,
+    sizes_of,
+    tensors_of,
+)
 
-CAPACITY = tl.constexpr(256)  # candidates that a tile may list: an eighth of its elements
-SAMPLE = tl.constexpr(8192)
-# In standard deviations of the sampled rank if elements were independent, plus a few ranks: 3.3% of
+CAPACITY = tl.constexpr(128)  # candidates that a tile may list: a sixteenth of its elements
+SAMPLE = tl.constexpr(8192)  # of one part; four parts estimate the bracket apart
+# In standard deviations of the sampled rank if elements were independent, plus a few ranks: 1.7% of
 # the elements become candidates at density 0.1. Chunks of neighbours that are alike, with twice the
 # variance, are still bracketed in 99.96% of the cases; a miss costs passes, not correctness.
-MARGIN = tl.constexpr(5.0)
+MARGIN = tl.constexpr(2.5)  # of one part: the mean of four varies half as much
 SLACK = tl.constexpr(2.0)
 
 # 32 keys a thread, which need up to 234 registers beside the loads; 16 in twice the warps spill.
-# One program per unit of scope: the 32 steps of the bisection are bound by latency, not by work.
+# Few programs per unit of scope: the 32 steps of the bisection are bound by latency, not by work.
 BRACKET_LAUNCH = Launch(num_warps=8, enable_fp_fusion=False)
 # 32 elements a thread: 154 to 201 registers, no spills, and of a fold's sums only the last levels
 # leave the thread. 5 or 6 programs on an SM keep 40 to 48 KiB of loads in flight; programs of twice
 # the size, 2 or 3 with 32 to 48. With 16 elements a thread, segments would span the warps.
 CLASSIFY_LAUNCH = Launch(num_warps=2, enable_fp_fusion=False)
-# Folding the segments of one block with both terms spills 8 bytes on sm_80 with triton 3.6.
-COLUMNS_LAUNCH = Launch(num_warps=4, enable_fp_fusion=False)
+# 16 elements a thread where 32 spill with triton 3.6 or 3.7: the segments of one block folded with
+# both terms, and loads of single words, whose offsets are kept apart.
+NARROW_LAUNCH = Launch(num_warps=4, enable_fp_fusion=False)
+
+
+def classify_launch(order: int, norm: int, aligned: bool) -> Launch:
+    """Launch of ``classify_kernel`` by its constants."""
+    folds_columns = order == BY_COLUMN.value and norm == ROW_BLOCK.value
+    return NARROW_LAUNCH if folds_columns or not aligned else CLASSIFY_LAUNCH
 
 
 @triton.jit
 def _sample_places(
-    unit, rows, cols, size, ORDER: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr
+    part, number, rows, cols, size,
+    ORDER: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Rows and first columns of chunks that are spread over the unit of scope, irregularly."""
     CHUNK: tl.constexpr = WIDTH if NORM == ROW_BLOCK else VECTOR * LANES
@@ -55,32 +83,35 @@ def _sample_places(
     ACROSS: tl.constexpr = CHUNKS // HIGH_AXIS
     high = tl.arange(0, HIGH_AXIS)[:, None, None, None]
     chunk = (high * ACROSS + tl.arange(0, ACROSS)[None, :, None, None]).to(tl.int64)
+    chunk = chunk * PARTS + part
     first_column = 0
     width = cols
     if ORDER == BY_COLUMN:
-        first_column = unit * WIDTH
+        first_column = number * WIDTH
         width = tl.minimum(cols - first_column, WIDTH)
     per_row = tl.cast((width + CHUNK - 1) // CHUNK, tl.int64)
     chunks = (tl.cast(size, tl.int64) + CHUNK - 1) // CHUNK if ORDER == FLAT else per_row * rows
-    # One chunk of each of CHUNKS equal strata; the golden ratio's multiples place it within.
+    # One chunk of each of equal strata; the golden ratio's multiples place it within.
     within = (chunk * 40503) & 0xFFFF
-    place = ((chunk * 65536 + within) * chunks) // (CHUNKS * 65536)
+    place = ((chunk * 65536 + within) * chunks) // (CHUNKS * PARTS * 65536)
     row = place // per_row
     return row, first_column + (place - row * per_row) * CHUNK
 
 
-@triton.jit(do_not_specialize=["rows", "size", "ws", "wv", "k", "last_k"])
+@triton.jit(do_not_specialize=["ws", "wv"])
 def bracket_kernel(
-    base_ptr, tuned_ptr, c_ptr, affine_ptr,
-    rows, cols, size, ws, wv,
+    table_ptr, ws, wv,
     state_ptr,  # [units, FIELDS]
-    k, last_k,
-    KIND: tl.constexpr, NORM: tl.constexpr, S: tl.constexpr, V: tl.constexpr,
-    ORDER: tl.constexpr, LANES: tl.constexpr,
+    DTYPE: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, S: tl.constexpr,
+    V: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Keys between which the k-th of a unit is expected, from a sample of it."""
-    unit = tl.program_id(0)
-    row, first = _sample_places(unit, rows, cols, size, ORDER, NORM, LANES)
+    """Keys between which the k-th of a unit is expected, from a part of the sample of it."""
+    part = tl.program_id(0)
+    unit = tl.program_id(1)
+    line_ptr = table_ptr + unit * LINE
+    base_ptr, tuned_ptr, c_ptr, affine_ptr = tensors_of(line_ptr, DTYPE, KIND, NORM, ALIGNED)
+    rows, cols, size, _, number = sizes_of(line_ptr, ALIGNED)
+    row, first = _sample_places(part, number, rows, cols, size, ORDER, NORM, LANES)
     if NORM == ROW_BLOCK:
         column = columns_of_segment(LANES)
     else:
@@ -97,8 +128,8 @@ def bracket_kernel(
     if ORDER == FLAT:
         elements = tl.cast(size, tl.float64)
     if ORDER == BY_COLUMN:
-        elements = tl.cast(rows, tl.float64) * tl.minimum(cols - unit * WIDTH, WIDTH)
-    kept = tl.where(unit == tl.num_programs(0) - 1, last_k, k).to(tl.float64) / elements
+        elements = tl.cast(rows, tl.float64) * tl.minimum(cols - number * WIDTH, WIDTH)
+    kept = tl.load(line_ptr + KEPT).to(tl.float64) / elements
     rank = kept * sampled
     margin = tl.sqrt(rank * (1 - kept)) * MARGIN + SLACK
     low = tl.full((), LEAST_KEY, tl.int64)
@@ -119,8 +150,8 @@ def bracket_kernel(
         high = tl.where(high_enough, high_try, high)
         high_end = tl.where(high_enough, high_end, high_try - 1)
     high = tl.where(rank - margin < 1, tl.full((), NO_KEY, tl.int64), high)
-    tl.store(state_ptr + unit * FIELDS + LOW, low)
-    tl.store(state_ptr + unit * FIELDS + HIGH, high)
+    tl.store(state_ptr + unit * FIELDS + LOWS + part, low)
+    tl.store(state_ptr + unit * FIELDS + HIGHS + part, high)
 
 
 @triton.jit
@@ -137,66 +168,69 @@ def _neighbours(x):
 
 
 @triton.jit
-def _is_candidate(key, low, high):
-    return ((key >= low) & (key <= high)).to(tl.int32)
-
-
-@triton.jit
-def _append(list_ptr, slot, key, local, low, high):
+def _append(list_ptr, slot, room, rank, limit, local):
     """List one element of every thread's 8; returns the next free slot."""
-    inside = _is_candidate(key, low, high)
-    entry = (key.to(tl.int64) << 32) | local  # two registers side by side
-    tl.store(list_ptr + slot, entry, mask=(inside > 0) & (slot < CAPACITY))
-    return slot + inside
+    inside = rank < limit
+    entry = (rank.to(tl.int64) << 32) | local.to(tl.uint32).to(tl.int64)  # two registers
+    tl.store(list_ptr + slot, entry, mask=inside & room)
+    return slot + inside.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["rows", "size", "ws", "wv"])
+@triton.jit(do_not_specialize=["ws", "wv"])
 def classify_kernel(
-    base_ptr, tuned_ptr, c_ptr, affine_ptr,
-    rows, cols, size, blocks, ws, wv,
-    mask_ptr,  # uint8, the mask
+    table_ptr, map_ptr, ws, wv,
     state_ptr,  # [units, FIELDS]
-    flags_ptr,
-    counts_ptr,  # [units, tiles] int32, zero
-    lists_ptr,  # [units, tiles, CAPACITY] int64: the key above, the place in the tile below
-    KIND: tl.constexpr, NORM: tl.constexpr, S: tl.constexpr, V: tl.constexpr,
-    ORDER: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
+    flags_ptr,  # [members, FLAGS]
+    counts_ptr,  # [tiles of the grid] int32, zero
+    lists_ptr,  # [tiles of the grid, CAPACITY] int64: rank above, place in the tile below
+    DTYPE: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, S: tl.constexpr,
+    V: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    MASKED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Mark what lies above the bracket, list what lies inside."""
-    tile = tl.program_id(0)
-    unit = tl.program_id(1)
+    index = tl.program_id(0)
+    line_ptr, unit, start = line_of(table_ptr, map_ptr, index // GROUP)
+    tile = index - start
+    if tile >= tl.load(line_ptr + TILES):
+        return
+    tile = tile.to(tl.int32)
+    base_ptr, tuned_ptr, c_ptr, affine_ptr = tensors_of(line_ptr, DTYPE, KIND, NORM, ALIGNED)
+    rows, cols, size, blocks, number = sizes_of(line_ptr, ALIGNED)
     _, key, bad, valid, offset, _ = tile_keys(
-        base_ptr, tuned_ptr, c_ptr, affine_ptr, rows, cols, size, blocks, ws, wv, tile, unit,
+        base_ptr, tuned_ptr, c_ptr, affine_ptr, rows, cols, size, blocks, ws, wv, tile, number,
         KIND, NORM, S, V, ORDER, WIDE, LANES, MASKED,
     )  # fmt: skip
+    if MASKED:  # an element that does not exist lies below every bracket
+        key = tl.where(valid, key, LEAST_KEY)
+    mask_ptr = mask_of(line_ptr, ALIGNED)
     state_ptr += unit * FIELDS
-    low = tl.load(state_ptr + LOW).to(tl.int32)
-    high = tl.load(state_ptr + HIGH).to(tl.int32)
-    above = (key > high) & valid
+    low, high = bracket_of(state_ptr)
+    above = (key > high.to(tl.int32)).to(tl.int32)
     tl.store(mask_ptr + offset, above.to(tl.uint8), mask=valid)
-    # An element that does not exist lies below every bracket.
-    low = tl.maximum(low, LEAST_KEY + 1)
-    k0, k1, k2, k3, k4, k5, k6, k7 = _neighbours(tl.where(valid, key, LEAST_KEY))
-    found = _is_candidate(k0, low, high) + _is_candidate(k1, low, high)
-    found += _is_candidate(k2, low, high) + _is_candidate(k3, low, high)
-    found += _is_candidate(k4, low, high) + _is_candidate(k5, low, high)
-    found += _is_candidate(k6, low, high) + _is_candidate(k7, low, high)
-    index = unit.to(tl.int64) * tl.num_programs(0) + tile
+    # At once: 32 conditions that are asked for later would be packed into bits and unpacked.
+    tl.atomic_add(state_ptr + ABOVE, tl.sum(above).to(tl.int64), sem="relaxed")
+    if tl.max(bad.to(tl.int32)) > 0:
+        tl.store(flags_ptr + tl.load(line_ptr + MEMBER) * FLAGS + FAULT, 1)
+    low = low.to(tl.int32)
+    # How far a key lies above the lowest candidate, unsigned: a key below it lies far above.
+    span = (high - low).to(tl.uint32)
+    r0, r1, r2, r3, r4, r5, r6, r7 = _neighbours((key - low).to(tl.uint32, bitcast=True))
+    found = (r0 <= span).to(tl.int32) + (r1 <= span).to(tl.int32)
+    found += (r2 <= span).to(tl.int32) + (r3 <= span).to(tl.int32)
+    found += (r4 <= span).to(tl.int32) + (r5 <= span).to(tl.int32)
+    found += (r6 <= span).to(tl.int32) + (r7 <= span).to(tl.int32)
     # One claim for 8 neighbours, which few of them have to make.
     counter = counts_ptr + index + tl.zeros_like(found)
     slot = tl.atomic_add(counter, found, mask=found > 0, sem="relaxed")
-    list_ptr = lists_ptr + index * CAPACITY
+    room = slot + found <= CAPACITY  # a list that is too short has failed as a whole
+    limit = span + 1  # not `<= span` again: the conditions would be kept, see above
+    list_ptr = lists_ptr + index.to(tl.int64) * CAPACITY
     at = tl.arange(0, SEGMENTS)[None, :, None] * WIDTH + vectors_of_segment(LANES)
-    slot = _append(list_ptr, slot, k0, at, low, high)
-    slot = _append(list_ptr, slot, k1, at + 1, low, high)
-    slot = _append(list_ptr, slot, k2, at + 2, low, high)
-    slot = _append(list_ptr, slot, k3, at + 3, low, high)
-    slot = _append(list_ptr, slot, k4, at + 4, low, high)
-    slot = _append(list_ptr, slot, k5, at + 5, low, high)
-    slot = _append(list_ptr, slot, k6, at + 6, low, high)
-    _append(list_ptr, slot, k7, at + 7, low, high)
-    # Two counts in a word: at most TILE each.
-    both = tl.sum(above.to(tl.int32) + (bad.to(tl.int32) << 16))
-    tl.atomic_add(state_ptr + ABOVE, (both & 0xFFFF).to(tl.int64), sem="relaxed")
-    if (both >> 16) > 0:
-        tl.store(flags_ptr + FAULT, 1)
+    slot = _append(list_ptr, slot, room, r0, limit, at)
+    slot = _append(list_ptr, slot, room, r1, limit, at + 1)
+    slot = _append(list_ptr, slot, room, r2, limit, at + 2)
+    slot = _append(list_ptr, slot, room, r3, limit, at + 3)
+    slot = _append(list_ptr, slot, room, r4, limit, at + 4)
+    slot = _append(list_ptr, slot, room, r5, limit, at + 5)
+    slot = _append(list_ptr, slot, room, r6, limit, at + 6)
+    _append(list_ptr, slot, room, r7, limit, at + 7)

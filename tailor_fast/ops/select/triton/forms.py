@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import triton.language as tl
+
 from tailor_fast._core.launch import KernelForm, Launch
 from tailor_fast.ops.select.triton import bracket, lists, moments, rows, whole
 from tailor_fast.ops.select.triton.masks import SAMPLE_LANES
@@ -32,10 +34,12 @@ _TYPES = {
     "counts_ptr": "*i32",
     "ties_ptr": "*i32",
     **dict.fromkeys(("state_ptr", "flags_ptr", "lists_ptr", "above_ptr", "first_ptr"), "*i64"),
+    **dict.fromkeys(("table_ptr", "map_ptr"), "*i64"),
     "hist_ptr": "*i64",
     **dict.fromkeys(("ws", "wv", "size"), "i64"),
 }
-_UNALIGNED = {"state_ptr", "flags_ptr", "hist_ptr", "counts_ptr", "above_ptr", "first_ptr"}
+_UNALIGNED = {"map_ptr", "state_ptr", "flags_ptr", "hist_ptr", "counts_ptr"}
+_UNALIGNED |= {"above_ptr", "first_ptr"}
 
 
 def _form(
@@ -83,18 +87,27 @@ def _layout(scoring: tuple[Any, ...], masked: bool) -> dict[str, object]:
     return {**_terms(scoring), "WIDE": masked, "LANES": scoring[6], "MASKED": masked}
 
 
-def _selected(scoring: tuple[Any, ...], dtype: str = "bf16") -> Iterator[KernelForm]:
+def _tabled(scoring: tuple[Any, ...], dtype: tl.dtype, aligned: bool) -> dict[str, object]:
+    """Constants of a kernel that finds its tensors in a table."""
+    kept = ("KIND", "NORM", "S", "V", "ORDER")
+    terms = {name: value for name, value in _terms(scoring).items() if name in kept}
+    return {**terms, "DTYPE": dtype, "ALIGNED": aligned}
+
+
+def _selected(scoring: tuple[Any, ...], dtype: tl.dtype = tl.bfloat16) -> Iterator[KernelForm]:
     """The bracket and the pass."""
-    types = {"tuned_ptr": f"*{dtype}", "base_ptr": f"*{dtype}"}
     lanes = scoring[6] if scoring[6] == FOLD_LANES else SAMPLE_LANES
-    constants = {**_terms(scoring), "LANES": lanes}
     kernel, launch = bracket.bracket_kernel, bracket.BRACKET_LAUNCH
-    yield _form(_name("bracket", scoring, dtype), kernel, launch, constants, **types)
-    for ending, masked in ((dtype, False), (f"{dtype}_masked", True)):
-        name, kernel = _name("classify", scoring, ending), bracket.classify_kernel
-        folds_columns = scoring[5] == BY_COLUMN and scoring[2] is ROW_BLOCK
-        config = bracket.COLUMNS_LAUNCH if folds_columns else bracket.CLASSIFY_LAUNCH
-        yield _form(name, kernel, config, _layout(scoring, masked), **types)
+    constants = {**_tabled(scoring, dtype, True), "LANES": lanes}
+    yield _form(_name("bracket", scoring, str(dtype)), kernel, launch, constants)
+    # Where tiles reach beyond the tensor, 64-bit numbers of segments too: the larger code.
+    layouts = (("", False, True), ("masked", True, True), ("odd", True, False))
+    for ending, masked, aligned in layouts:
+        constants = {**_tabled(scoring, dtype, aligned), "LANES": scoring[6]}
+        constants |= {"WIDE": masked, "MASKED": masked}
+        name = "_".join(filter(None, (_name("classify", scoring, str(dtype)), ending)))
+        config = bracket.classify_launch(scoring[5], scoring[2].value, aligned)
+        yield _form(name, bracket.classify_kernel, config, constants)
 
 
 def _searched(scoring: tuple[Any, ...]) -> Iterator[KernelForm]:
@@ -155,6 +168,6 @@ def kernels() -> tuple[KernelForm, ...]:
     for scoring in _SCORINGS:
         forms += _selected(scoring)
     for scoring in _SCORINGS[:3]:
-        forms += [*_selected(scoring, "fp32")]
+        forms += _selected(scoring, tl.float32)
     forms += _searched(_SCORINGS[2])
     return tuple(forms)

@@ -5,6 +5,7 @@ the counts prove the bracket. Where they do not, the descent over all elements f
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
@@ -14,14 +15,14 @@ from tailor_fast._core.checks import fail
 from tailor_fast._core.density import kept_count
 from tailor_fast.ops.select.options import BLOCK, Scoring
 from tailor_fast.ops.select.radix import KeyInterval
-from tailor_fast.ops.select.triton import lists, rows, state, whole
+from tailor_fast.ops.select.triton import lists as candidates
+from tailor_fast.ops.select.triton import rows, state, whole
 from tailor_fast.ops.select.triton.bracket import (
     BRACKET_LAUNCH,
     CAPACITY,
-    CLASSIFY_LAUNCH,
-    COLUMNS_LAUNCH,
     bracket_kernel,
     classify_kernel,
+    classify_launch,
 )
 from tailor_fast.ops.select.triton.moments import with_moments
 from tailor_fast.ops.select.triton.pair import (
@@ -35,12 +36,16 @@ from tailor_fast.ops.select.triton.pair import (
     launch,
 )
 from tailor_fast.ops.select.triton.scores import OBS, ROW_BLOCK, WEIGHT
+from tailor_fast.ops.select.triton.table import GROUP, Member, Table, member
 
-FIELDS, FLAGS, LEVELS, BINS = (
-    value.value for value in (state.FIELDS, state.FLAGS, state.LEVELS, state.BINS)
+FIELDS, FLAGS, LEVELS, BINS, PARTS = (
+    value.value for value in (state.FIELDS, state.FLAGS, state.LEVELS, state.BINS, state.PARTS)
 )
 SAMPLE_LANES = 2  # chunks of 16 elements: a sector of 16-bit words
 COPIES = 32  # of a histogram over all elements, whose bins are as uneven as floats are
+# Elements of the tensors that one grid takes: lists of candidates take half a byte for each, and
+# 14 grids take a 7B model, which the host fills in half the time that a card needs for them.
+AT_ONCE = 1 << 29
 _END = 1 << 62
 
 
@@ -65,10 +70,9 @@ class Work:
 
     def __init__(self, pair: Pair, copies: int) -> None:
         units, tiles, device = pair.units, pair.tiles, pair.tuned.device
-        sizes = FLAGS, units * FIELDS, units * LEVELS * copies * BINS, ceil_div(units * tiles, 2)
+        sizes = FLAGS, units * FIELDS, units * LEVELS * copies * BINS
         memory = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.flags, self.state, self.hist, counts = memory.split(sizes)
-        self.counts: torch.Tensor = counts.view(torch.int32)
+        self.flags, self.state, self.hist = memory.split(sizes)
         self.ties = torch.empty(units * tiles, dtype=torch.int32, device=device)
 
     def field(self, field: int) -> torch.Tensor:
@@ -76,20 +80,15 @@ class Work:
         numbers: torch.Tensor = self.state.view(-1, FIELDS)[:, field]
         return numbers
 
-    def read_flags(self) -> tuple[bool, bool]:
-        """Wait for the device: is there a fault, did the bracket fail?"""
-        fault, failed = self.flags.tolist()
-        return bool(fault), bool(failed)
-
 
 def topk_mask(scores: torch.Tensor, k: int, tuning: Tuning = _DEFAULTS) -> torch.Tensor:
     """Mask of the k best scores; see the public function."""
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if mask.numel() == 0:
         return mask
-    pair = describe_scores(scores)
-    if _select(pair, mask, (k, k), scores.numel(), tuning):
-        index = first_fault(pair)
+    one = Member(describe_scores(scores), mask.view(torch.uint8), (k, k))
+    if _select([one], [scores.numel()], tuning)[0]:
+        index = first_fault(one.pair)
         fail("topk_mask", "scores", "free of NaN", f"nan at linear index {index}")
     return mask
 
@@ -104,80 +103,131 @@ def select_patch(
     tuning: Tuning = _DEFAULTS,
 ) -> torch.Tensor:
     """Mask of the best scores in each unit of scope; see the public function."""
-    row_count, cols = base.shape
-    mask = torch.empty((row_count, cols), dtype=torch.bool, device=base.device)
-    if mask.numel() == 0:
-        return mask
-    pair = with_moments(describe(base, tuned, column_weight, scoring)).ordered(scope)
+    pairs = [(base, tuned, column_weight)]
+    return select_patches(pairs, [scoring], scope, density, tuning)[0]
+
+
+def select_patches(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    scorings: Sequence[Scoring],
+    scope: str,
+    density: float,
+    tuning: Tuning = _DEFAULTS,
+) -> list[torch.Tensor]:
+    """Masks of several pairs, whose options are the same: as many as fit share each grid.
+
+    The device is waited for once, at the end.
+    """
+    masks = [torch.empty(pair[0].shape, dtype=torch.bool, device=pair[0].device) for pair in pairs]
+    members, units, refusable = [], [], []
+    for tensors, scoring, mask in zip(pairs, scorings, masks, strict=True):
+        if mask.numel() == 0:
+            continue
+        pair = with_moments(describe(*tensors, scoring)).ordered(scope)
+        refusable.append((pair, scoring))
+        members.append(member(pair, mask, scope, density))
+        units.append(len(mask) * (min(BLOCK, mask.shape[1]) if scope == "block" else mask.shape[1]))
     if scope == "row":
-        fault = _select_rows(pair, mask, kept_count(cols, density))
+        faults = [_select_rows(one.pair, one.mask, density) for one in members]
     else:
-        unit = row_count * (min(BLOCK, cols) if scope == "block" else cols)
-        last = row_count * ((cols - 1) % BLOCK + 1) if scope == "block" else unit
-        kept = kept_count(unit, density), kept_count(last, density)
-        fault = _select(pair, mask, kept, unit, tuning)
-    if fault:
-        refuse(pair, scoring)
-    return mask
+        faults = _select(members, units, tuning)
+    for fault, (pair, scoring) in zip(faults, refusable, strict=True):
+        if fault:
+            refuse(pair, scoring)
+    return masks
 
 
-def _select(
-    pair: Pair, mask: torch.Tensor, kept: tuple[int, int], unit: int, tuning: Tuning
-) -> bool:
-    """Write the mask; the last unit of scope has its own count. True: a score must be refused."""
-    target = mask.view(torch.uint8)
-    if unit >= tuning.bracket_from or tuning.bracket is not None:
-        fault, failed = _select_listed(pair, target, kept, tuning.bracket)
-        if fault or not failed:
-            return fault
-    return _select_whole(pair, target, kept)
+def _select(members: Sequence[Member], units: Sequence[int], tuning: Tuning) -> list[bool]:
+    """Write the masks. For each member, whether a score must be refused.
+
+    Args:
+        members: not empty.
+        units: elements of each one's units of scope.
+        tuning: what tests turn.
+    """
+    listed = [
+        one
+        for one, unit in zip(members, units, strict=True)
+        if unit >= tuning.bracket_from or tuning.bracket is not None
+    ]
+    settled: dict[int, bool] = {}
+    batches = list(_batches(listed))
+    flags = [_select_listed(batch, tuning.bracket) for batch in batches]
+    if flags:
+        found = iter(torch.cat(flags).tolist())  # waits for the device
+        for batch in batches:
+            for one, (fault, failed) in zip(batch, found, strict=False):
+                if fault or not failed:
+                    settled[id(one)] = bool(fault)
+    for one in members:
+        if id(one) not in settled:
+            settled[id(one)] = _select_whole(one)
+    return [settled[id(one)] for one in members]
 
 
-def _select_listed(
-    pair: Pair, mask: torch.Tensor, kept: tuple[int, int], bracket: tuple[int, int] | None
-) -> tuple[bool, bool]:
-    """One pass over the pair, the rest over the candidates. Fault, and failure of the bracket."""
-    units, tiles = pair.units, pair.tiles
-    work = Work(pair, 1)
+def _batches(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Members that one grid takes: of equal constants, about ``AT_ONCE`` elements."""
+    by_key: dict[object, list[Member]] = {}
+    for one in members:
+        by_key.setdefault(one.key, []).append(one)
+    for alike in by_key.values():
+        batch: list[Member] = []
+        elements = 0
+        for one in alike:
+            if batch and elements + one.mask.numel() > AT_ONCE:
+                yield batch
+                batch, elements = [], 0
+            batch.append(one)
+            elements += one.mask.numel()
+        yield batch
+
+
+def _select_listed(members: Sequence[Member], bracket: tuple[int, int] | None) -> torch.Tensor:
+    """One pass over the pairs, the rest over the candidates; ``FLAGS`` of each, on the device."""
+    table, pair, constants = Table(members), members[0].pair, members[0].constants
+    device, units, groups = members[0].mask.device, table.units, table.groups
+    tiles = groups * GROUP.value
+    sizes = len(members) * FLAGS, units * FIELDS, units * LEVELS * BINS, tiles // 2
+    memory = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+    flags, states, hist, counts = memory.split(sizes)
+    counts = counts.view(torch.int32)
+    lists = torch.empty(tiles * CAPACITY.value, dtype=torch.int64, device=device)
+    ties = torch.empty(tiles, dtype=torch.int32, device=device)
     if bracket is None:
-        *tensors, row_count, cols, size, _, ws, wv = pair.arguments
-        layout = {"ORDER": pair.order, "LANES": SAMPLE_LANES}
-        if pair.norm == ROW_BLOCK.value:
-            layout["LANES"] = FOLD_LANES
+        layout = {name: constants[name] for name in ("DTYPE", "ORDER", "ALIGNED")}
+        layout["LANES"] = FOLD_LANES if pair.norm == ROW_BLOCK.value else SAMPLE_LANES
         launch(
-            bracket_kernel, (units,), BRACKET_LAUNCH,
-            *tensors, row_count, cols, size, ws, wv, work.state, *kept, **pair.terms, **layout,
+            bracket_kernel, (PARTS, units), BRACKET_LAUNCH,
+            table.lines, *pair.weight_bits, states, **pair.terms, **layout,
         )  # fmt: skip
     else:
-        work.field(state.LOW.value).fill_(bracket[0])
-        work.field(state.HIGH.value).fill_(bracket[1])
-    folds_columns = pair.order == BY_COLUMN and pair.norm == ROW_BLOCK.value
-    config = COLUMNS_LAUNCH if folds_columns else CLASSIFY_LAUNCH
-    room = torch.empty(units * tiles * CAPACITY.value, dtype=torch.int64, device=mask.device)
+        for start, key in zip((state.LOWS.value, state.HIGHS.value), bracket, strict=True):
+            states.view(-1, FIELDS)[:, start : start + PARTS] = key
+    where = table.lines, table.map
     launch(
-        classify_kernel, (tiles, units), config,
-        *pair.arguments, mask, work.state, work.flags, work.counts, room, **pair.constants,
+        classify_kernel, (tiles,), classify_launch(pair.order, pair.norm, constants["ALIGNED"]),
+        *where, *pair.weight_bits, states, flags, counts, lists, **constants,
     )  # fmt: skip
-    grid = (ceil_div(tiles, lists.GROUP.value), units)
     for level in range(LEVELS):
         launch(
-            lists.list_digits_kernel, grid, lists.LISTS_LAUNCH,
-            work.counts, room, work.state, work.flags, work.hist, tiles, *kept, level,
+            candidates.list_digits_kernel, (groups,), candidates.LISTS_LAUNCH,
+            *where, counts, lists, states, flags, hist, level,
         )  # fmt: skip
     launch(
-        lists.list_ties_kernel, grid, lists.TIES_LAUNCH,
-        work.counts, room, work.state, work.ties, tiles,
+        candidates.list_ties_kernel, (groups,), candidates.TIES_LAUNCH,
+        *where, counts, lists, states, ties,
     )  # fmt: skip
     launch(
-        lists.list_mark_kernel, grid, lists.LISTS_LAUNCH,
-        work.counts, room, work.state, mask, tiles, pair.shape[1], pair.blocks,
-        ORDER=pair.order, WIDE=pair.wide,
+        candidates.list_mark_kernel, (groups,), candidates.LISTS_LAUNCH,
+        *where, counts, lists, states, ORDER=pair.order, WIDE=pair.wide,
     )  # fmt: skip
-    return work.read_flags()
+    found: torch.Tensor = flags.view(-1, FLAGS)
+    return found
 
 
-def _select_whole(pair: Pair, mask: torch.Tensor, kept: tuple[int, int]) -> bool:
+def _select_whole(one: Member) -> bool:
     """A pass over the pair per level, one for the marks, one over tiles with ties. Fault."""
+    pair, mask, kept = one
     copies = max(1, COPIES // pair.units)
     work = Work(pair, copies)
     for level in range(LEVELS):
@@ -200,11 +250,12 @@ def mark(pair: Pair, mask: torch.Tensor, work: Work) -> bool:
         whole.mark_ties_kernel, grid, whole.WHOLE_LAUNCH,
         *pair.arguments, mask, work.state, work.ties, **pair.constants,
     )  # fmt: skip
-    return work.read_flags()[0]
+    return bool(work.flags[state.FAULT.value])
 
 
-def _select_rows(pair: Pair, mask: torch.Tensor, k: int) -> bool:
+def _select_rows(pair: Pair, mask: torch.Tensor, density: float) -> bool:
     """Every row for itself. Fault."""
+    k = kept_count(mask.shape[1], density)
     flags = torch.zeros(FLAGS, dtype=torch.int64, device=mask.device)
     row_count, cols = mask.shape
     step = max(1, rows.KEPT // cols)
@@ -212,7 +263,7 @@ def _select_rows(pair: Pair, mask: torch.Tensor, k: int) -> bool:
     config = rows.rows_launch(tile, tile[1] >= cols)
     for row in range(0, row_count, step):
         part = pair.rows(row, row + step)
-        target = mask[row : row + step].view(torch.uint8)
+        target = mask[row : row + step]
         keys = torch.empty(target.shape, dtype=torch.int32, device=mask.device)
         write_scores(part, keys, flags)
         launch(

@@ -11,10 +11,13 @@ import triton.language as tl
 
 from tailor_fast.ops.select.triton.scores import LEAST_KEY, NO_KEY, TILE
 
-# Fields of a unit's state, int64.
-LOW = tl.constexpr(0)  # keys in [LOW, HIGH] are candidates
-HIGH = tl.constexpr(1)
-ABOVE = tl.constexpr(2)  # how many lie above HIGH
+# Fields of a unit's state, int64. Keys between the means of LOWS and HIGHS are candidates: one
+# estimate of each by every part of the sample.
+PARTS = tl.constexpr(4)
+PARTS_SHIFT = tl.constexpr(2)
+LOWS = tl.constexpr(16)
+HIGHS = tl.constexpr(20)
+ABOVE = tl.constexpr(2)  # how many lie above the candidates
 FLOOR = tl.constexpr(3)
 SPAN = tl.constexpr(4)
 NEED = tl.constexpr(5)
@@ -22,12 +25,14 @@ BOUNDARY = tl.constexpr(6)  # ties before this tile are taken, those behind it a
 LEFT = tl.constexpr(7)  # and of its own the first LEFT
 TAKEN = tl.constexpr(8)  # ties taken in all
 TICKETS = tl.constexpr(9)  # one per level, one for the ties
-FIELDS = tl.constexpr(16)
+FIELDS = tl.constexpr(24)
 
 # Flags of a selection, int64.
 FAULT = tl.constexpr(0)  # a score must be refused
 FAILED = tl.constexpr(1)  # the counts do not prove the bracket, or a list was too short
 FLAGS = tl.constexpr(2)
+
+ALL_TIES = tl.constexpr(1 << 62)  # a boundary behind every tile
 
 LEVELS = tl.constexpr(3)
 BINS = tl.constexpr(2048)
@@ -44,10 +49,19 @@ def shift_of(span):
 
 
 @triton.jit
-def is_last(ticket_ptr):
+def bracket_of(state_ptr):
+    """Lowest and highest key of a candidate; no candidate has the least key."""
+    part = tl.arange(0, PARTS)
+    low = tl.sum(tl.load(state_ptr + LOWS + part)) >> PARTS_SHIFT
+    high = tl.sum(tl.load(state_ptr + HIGHS + part)) >> PARTS_SHIFT
+    return tl.maximum(low, LEAST_KEY + 1), high
+
+
+@triton.jit
+def is_last(ticket_ptr, programs):
     """Whether all other programs of this unit have come by; what they wrote is then visible."""
     tl.debug_barrier()  # the ticket releases what every thread of this program wrote
-    return tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1
+    return tl.atomic_add(ticket_ptr, 1) == programs - 1
 
 
 @triton.jit
@@ -71,6 +85,8 @@ def locate(state_ptr, flags_ptr, hist_ptr, floor, span, need, copies):
         shift = shift_of(span)
         digit = tl.sum((reached >= need).to(tl.int64)) - 1
         higher = tl.sum(tl.where(bins > digit, counts, 0))
+        if (shift == 0) & (tl.sum(tl.where(bins == digit, counts, 0)) == need - higher):
+            tl.store(state_ptr + BOUNDARY, ALL_TIES)
         tl.store(state_ptr + FLOOR, floor + (digit << shift))
         tl.store(state_ptr + SPAN, (tl.full((), 1, tl.int64) << shift) - 1)
         tl.store(state_ptr + NEED, need - higher)
@@ -84,8 +100,8 @@ def begin_level(state_ptr, level, k, FROM_BRACKET: tl.constexpr):
         span = tl.load(state_ptr + SPAN)
         need = tl.load(state_ptr + NEED)
     elif FROM_BRACKET:
-        floor = tl.load(state_ptr + LOW)
-        span = tl.load(state_ptr + HIGH) - floor
+        floor, high = bracket_of(state_ptr)
+        span = high - floor
         need = k - tl.load(state_ptr + ABOVE)
     else:
         floor = tl.full((), LEAST_KEY, tl.int64)

@@ -69,7 +69,7 @@ def digits_kernel(
             tl.store(flags_ptr + FAULT, 1)
         hist_ptr += (unit * LEVELS + level) * copies * BINS
         count_digits(hist_ptr + (tile % copies) * BINS, key, valid, floor, span)
-        if is_last(state_ptr + TICKETS + level):
+        if is_last(state_ptr + TICKETS + level, tl.num_programs(0)):
             locate(state_ptr, flags_ptr, hist_ptr, floor, span, need, copies)
 
 
@@ -100,7 +100,7 @@ def ties_kernel(
         tl.store(flags_ptr + FAULT, 1)
     ties_ptr += unit.to(tl.int64) * tl.num_programs(0)
     tl.store(ties_ptr + tile, both & 0xFFFF)
-    if is_last(state_ptr + TICKETS + LEVELS):
+    if is_last(state_ptr + TICKETS + LEVELS, tl.num_programs(0)):
         locate_ties(state_ptr, ties_ptr, tl.num_programs(0))
 
 

@@ -1,11 +1,9 @@
-// Body of kernels_*.cpp, which set the instruction set and TAILOR_FAST_ISA and include this once.
-// Nothing here may instantiate a template or an inline function of another header that other files
-// use too: the linker could keep the copy that the oldest machine cannot run. The same holds
-// for its first part, kernels_scores.h, which makes the scores; here they are compared and counted.
+// The kernels themselves, compiled once per instruction set by the files beside this one. The first
+// part makes the scores; here they are compared and counted.
 #include "select/kernels_scores.h"
 
-namespace tailor_fast::select {
-namespace TAILOR_FAST_ISA {
+TAILOR_FAST_KERNELS_BEGIN
+
 namespace {
 
 struct Bits {
@@ -16,7 +14,7 @@ constexpr int64_t kGroup = 64;  // scores, and bytes of a mask: a cache line
 
 // "Above" is "not at most", which a NaN as bound makes true.
 #if defined(TAILOR_FAST_AVX512)
-TF_INLINE Bits compare(const float* x, Interval interval) {
+TAILOR_FAST_INLINE Bits compare(const float* x, Interval interval) {
   const __m512 low = _mm512_set1_ps(interval.low), high = _mm512_set1_ps(interval.high);
   __mmask16 above[4], reaches[4];
   for (int i = 0; i < 4; ++i) {
@@ -30,7 +28,7 @@ TF_INLINE Bits compare(const float* x, Interval interval) {
   const __mmask64 all = joined(above);
   return {all, _kandn_mask64(all, joined(reaches))};
 }
-TF_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out) {
+TAILOR_FAST_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out) {
   const __m512i bytes = _mm512_mask_set1_epi8(_mm512_maskz_set1_epi8(ones, 1), twos, 2);
   if (streamed) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out), bytes);
@@ -38,8 +36,8 @@ TF_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out)
     _mm512_storeu_si512(out, bytes);
   }
 }
-TF_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
-                      int64_t held) {
+TAILOR_FAST_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
+                               int64_t held) {
   const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
   for (; places != 0; places >>= 8, x += 8, index += 8) {
     const __mmask8 some = static_cast<__mmask8>(places);
@@ -50,7 +48,7 @@ TF_INLINE void append(uint64_t places, const float* x, int64_t index, const Foun
   }
 }
 #elif defined(TAILOR_FAST_AVX2)
-TF_INLINE Bits compare(const float* x, Interval interval) {
+TAILOR_FAST_INLINE Bits compare(const float* x, Interval interval) {
   const __m256 low = _mm256_set1_ps(interval.low), high = _mm256_set1_ps(interval.high);
   Bits bits{0, 0};
   for (int i = 0; i < 8; ++i) {
@@ -62,7 +60,7 @@ TF_INLINE Bits compare(const float* x, Interval interval) {
   }
   return bits;
 }
-TF_INLINE __m256i spread_half(uint32_t bits, int value) {
+TAILOR_FAST_INLINE __m256i spread_half(uint32_t bits, int value) {
   const __m256i places = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
                                             0x0303030303030303);
   const __m256i picks = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
@@ -70,7 +68,7 @@ TF_INLINE __m256i spread_half(uint32_t bits, int value) {
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, picks), picks);
   return _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(value)));
 }
-TF_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out) {
+TAILOR_FAST_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out) {
   for (int i = 0; i < 2; ++i) {
     const __m256i bytes = _mm256_or_si256(spread_half(static_cast<uint32_t>(ones >> (32 * i)), 1),
                                           spread_half(static_cast<uint32_t>(twos >> (32 * i)), 2));
@@ -84,27 +82,27 @@ TF_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint8_t* out)
 }
 #else
 // Bytes of 0 or 1 to bits: the product moves byte i to bit 56 + i, and no two terms meet.
-TF_INLINE uint64_t pack(const uint8_t* flags) {
+TAILOR_FAST_INLINE uint64_t pack(const uint8_t* flags) {
   uint64_t bits = 0;
   for (int i = 0; i < 8; ++i) {
     bits |= (word<uint64_t>(flags, i) * uint64_t{0x0102040810204080}) >> 56 << (8 * i);
   }
   return bits;
 }
-TF_INLINE Bits compare(const float* x, Interval interval) {
+TAILOR_FAST_INLINE Bits compare(const float* x, Interval interval) {
   uint8_t above[kGroup], reaches[kGroup];
   for (int i = 0; i < kGroup; ++i) above[i] = !(x[i] <= interval.high);
   for (int i = 0; i < kGroup; ++i) reaches[i] = x[i] >= interval.low;
   const uint64_t bits = pack(above);
   return {bits, pack(reaches) & ~bits};
 }
-TF_INLINE void spread(uint64_t ones, uint64_t twos, bool, uint8_t* out) {
+TAILOR_FAST_INLINE void spread(uint64_t ones, uint64_t twos, bool, uint8_t* out) {
   for (int i = 0; i < kGroup; ++i) out[i] = (ones >> i & 1) | (twos >> i & 1) << 1;
 }
 #endif
 #if !defined(TAILOR_FAST_AVX512)
-TF_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
-                      int64_t held) {
+TAILOR_FAST_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
+                               int64_t held) {
   for (; places != 0; places &= places - 1, ++held) {
     const int place = __builtin_ctzll(places);
     found.scores[held] = x[place];
@@ -114,8 +112,8 @@ TF_INLINE void append(uint64_t places, const float* x, int64_t index, const Foun
 #endif
 
 template <bool kMarks>
-TF_INLINE void take(Bits bits, const float* scores, Inside inside, int64_t index, Marks marks,
-                    Found& found) {
+TAILOR_FAST_INLINE void take(Bits bits, const float* scores, Inside inside, int64_t index,
+                             Marks marks, Found& found) {
   if (kMarks) {
     spread(bits.above, inside == Inside::kMark ? bits.inside : 0, marks.streamed, marks.bytes);
   }
@@ -126,8 +124,8 @@ TF_INLINE void take(Bits bits, const float* scores, Inside inside, int64_t index
 
 // `scores(i, some, room)` gives where the scores of a group are, for which it has room.
 template <bool kMarks, typename Scores>
-TF_INLINE void classify_as(const Scores& scores, int64_t count, Interval interval, Inside inside,
-                           int64_t index, Marks marks, Found& result) {
+TAILOR_FAST_INLINE void classify_as(const Scores& scores, int64_t count, Interval interval,
+                                    Inside inside, int64_t index, Marks marks, Found& result) {
   Found found = result;  // in registers: `marks` may alias what a reference names
   marks.streamed = marks.streamed && reinterpret_cast<uintptr_t>(marks.bytes) % kGroup == 0;
   alignas(64) float room[kGroup];
@@ -200,39 +198,34 @@ uint64_t read(const void* words, int64_t count) {
   return sum;
 }
 
-#define TF_ROW(function, Number, both)                                             \
-  {                                                                                     \
-    function<Number, Terms::kScores>, function<Number, Terms::kSalience>,               \
-        both(function, Number, kBothSquare), both(function, Number, kBothAbsolute),     \
-        both(function, Number, kBothWeight), function<Number, Terms::kSquare>,          \
-        function<Number, Terms::kAbsolute>, function<Number, Terms::kWeight>            \
+#define TF_ROW(function, Number, both)                                          \
+  {                                                                             \
+    function<Number, Terms::kScores>, function<Number, Terms::kSalience>,       \
+        both(function, Number, kBothSquare), both(function, Number, kBothAbsolute), \
+        both(function, Number, kBothWeight), function<Number, Terms::kSquare>,  \
+        function<Number, Terms::kAbsolute>, function<Number, Terms::kWeight>    \
   }
 // What `both` says of the terms with s and v: as the others, or none.
 #define TF_SAME(function, Number, terms) function<Number, Terms::terms>
 #define TF_NONE(function, Number, terms) nullptr
-#define TF_TABLE(function, both)                                                        \
-  {                                                                                     \
-    TF_ROW(function, Float32, both), TF_ROW(function, Bfloat16, both),        \
-        TF_ROW(function, Float16, both)                                            \
+#define TF_TABLE(function, both)                                   \
+  {                                                                \
+    TF_ROW(function, Float32, both), TF_ROW(function, Bfloat16, both), \
+        TF_ROW(function, Float16, both)                            \
   }
-
-#define TF_STRING_OF(name) #name
-#define TF_STRING(name) TF_STRING_OF(name)
 
 }  // namespace
 
-extern const Kernels kernels;
-const Kernels kernels = {TF_STRING(TAILOR_FAST_ISA),
-                         TF_TABLE(terms_of, TF_SAME),
-                         block_sums,
-                         scale,
-                         standardise,
-                         TF_TABLE(block_scores_of, TF_SAME),
-                         classify,
-                         TF_TABLE(classify_terms_of, TF_NONE),
-                         keys,
-                         count_above,
-                         read};
+extern const select::Kernels kSelect;
+const select::Kernels kSelect = {TF_TABLE(terms_of, TF_SAME),
+                                 block_sums,
+                                 scale,
+                                 standardise,
+                                 TF_TABLE(block_scores_of, TF_SAME),
+                                 classify,
+                                 TF_TABLE(classify_terms_of, TF_NONE),
+                                 keys,
+                                 count_above,
+                                 read};
 
-}  // namespace TAILOR_FAST_ISA
-}  // namespace tailor_fast::select
+TAILOR_FAST_KERNELS_END

@@ -1,0 +1,2 @@
+#define TAILOR_FAST_PORTABLE
+#include "select/kernels_body.h"
