@@ -133,10 +133,7 @@ def calibrate(
             header = _header(kind, root, read, options.tokens, groups, streamed, weights)
             layout, again = header.layout(), options.overwrite
             staged = stack.enter_context(StagedFile(out, layout, overwrite=again, inputs=inputs))
-        spill = None
-        if options.max_ram is not None:
-            spill = ActivationSpill(options.max_ram, Path(out).absolute().parent)
-            stack.callback(spill.close)
+        spill = _spill(stack, options, Path(out))
         most = _Walk(stream, groups, staged, kind, progress, spill, processes).run()
         if staged is not None:
             staged.commit()
@@ -155,6 +152,14 @@ def calibrate(
         notes=(read.note,) if read.note else (),
         processes=processes.count,
     )
+
+
+def _spill(stack: ExitStack, options: RunOptions, out: Path) -> ActivationSpill | None:
+    if options.max_ram is None:
+        return None
+    spill = ActivationSpill(options.max_ram, out.absolute().parent)
+    stack.callback(spill.close)
+    return spill
 
 
 def _device(options: RunOptions) -> torch.device:

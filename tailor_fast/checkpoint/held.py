@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from tailor_fast.checkpoint.errors import AnyPath
 from tailor_fast.checkpoint.files import Snapshot, window
@@ -76,12 +75,10 @@ class Held:
         if self._words:
             return True
         try:
-            memory = mmap.mmap(-1, max(1, self.size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:
+            memory = torch.empty(self.size, dtype=torch.uint8)
+        except RuntimeError:  # torch's for memory that there is not
             return False
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        view, begin = memoryview(memory), 0
+        view, begin = memoryview(memory.numpy()), 0
         for name, size in self._sizes.items():
             self._words[name] = Words(view[begin : begin + size])
             begin += size
@@ -114,6 +111,9 @@ class _HeldCheckpoint(Checkpoint):
             if words.filled < end:
                 super().read_into(name, words.view[words.filled : end], words.filled, end)
                 words.filled = end
-        # Unlike an assignment of slices, this lets other threads run.
-        np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(words.view[begin:end], np.uint8))
+        if begin < end:  # unlike an assignment of slices, this lets other threads run
+            source = torch.frombuffer(
+                words.view, dtype=torch.uint8, count=end - begin, offset=begin
+            )
+            torch.frombuffer(view, dtype=torch.uint8).copy_(source)
         return end - begin

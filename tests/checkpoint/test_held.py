@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from pathlib import Path
@@ -149,11 +148,12 @@ def test_a_failed_reading_is_not_kept(path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_memory_that_is_not_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
-        raise OSError(12, "Cannot allocate memory")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     held = Held()
     with held.open(path) as checkpoint:
-        monkeypatch.setattr(mmap, "mmap", refused)
-        assert not held.keep()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", refused)
+            assert not held.keep()
         assert held.kept_bytes == 0
         assert torch.equal(checkpoint.read("a"), TENSORS["a"])

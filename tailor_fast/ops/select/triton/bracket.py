@@ -14,6 +14,7 @@ from tailor_fast.ops.select.triton.scores import (
     LEAST_KEY,
     NO_KEY,
     ROW_BLOCK,
+    SCORES,
     SEGMENTS,
     VECTOR,
     WIDTH,
@@ -61,14 +62,15 @@ BRACKET_LAUNCH = Launch(num_warps=8, enable_fp_fusion=False)
 # the size, 2 or 3 with 32 to 48. With 16 elements a thread, segments would span the warps.
 CLASSIFY_LAUNCH = Launch(num_warps=2, enable_fp_fusion=False)
 # 16 elements a thread where 32 spill with triton 3.6 or 3.7: the segments of one block folded with
-# both terms, and loads of single words, whose offsets are kept apart.
+# both terms, scores as they are, and loads of single words, whose offsets are kept apart.
 NARROW_LAUNCH = Launch(num_warps=4, enable_fp_fusion=False)
 
 
-def classify_launch(order: int, norm: int, aligned: bool) -> Launch:
+def classify_launch(kind: int, order: int, norm: int, aligned: bool) -> Launch:
     """Launch of ``classify_kernel`` by its constants."""
     folds_columns = order == BY_COLUMN.value and norm == ROW_BLOCK.value
-    return NARROW_LAUNCH if folds_columns or not aligned else CLASSIFY_LAUNCH
+    narrow = folds_columns or kind == SCORES.value or not aligned
+    return NARROW_LAUNCH if narrow else CLASSIFY_LAUNCH
 
 
 @triton.jit

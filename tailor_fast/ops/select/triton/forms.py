@@ -106,7 +106,7 @@ def _selected(scoring: tuple[Any, ...], dtype: tl.dtype = tl.bfloat16) -> Iterat
         constants = {**_tabled(scoring, dtype, aligned), "LANES": scoring[6]}
         constants |= {"WIDE": masked, "MASKED": masked}
         name = "_".join(filter(None, (_name("classify", scoring, str(dtype)), ending)))
-        config = bracket.classify_launch(scoring[5], scoring[2].value, aligned)
+        config = bracket.classify_launch(scoring[1].value, scoring[5], scoring[2].value, aligned)
         yield _form(name, bracket.classify_kernel, config, constants)
 
 

@@ -204,8 +204,9 @@ def _select_listed(members: Sequence[Member], bracket: tuple[int, int] | None) -
         for start, key in zip((state.LOWS.value, state.HIGHS.value), bracket, strict=True):
             states.view(-1, FIELDS)[:, start : start + PARTS] = key
     where = table.lines, table.map
+    config = classify_launch(pair.kind, pair.order, pair.norm, constants["ALIGNED"])
     launch(
-        classify_kernel, (tiles,), classify_launch(pair.order, pair.norm, constants["ALIGNED"]),
+        classify_kernel, (tiles,), config,
         *where, *pair.weight_bits, states, flags, counts, lists, **constants,
     )  # fmt: skip
     for level in range(LEVELS):
