@@ -78,7 +78,7 @@ class Held:
             memory = torch.empty(self.size, dtype=torch.uint8)
         except RuntimeError:  # torch's for memory that there is not
             return False
-        view, begin = memoryview(memory.numpy()), 0
+        view, begin = memory.numpy().data, 0
         for name, size in self._sizes.items():
             self._words[name] = Words(view[begin : begin + size])
             begin += size
