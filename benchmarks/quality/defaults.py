@@ -1,0 +1,191 @@
+"""``python -m benchmarks.quality.defaults``: the defaults, and one choice at a time changed.
+
+All on validation scenes: this is what defaults are chosen from. What was measured is kept in the
+work folder, by checkpoints and code, and not measured again.
+"""
+
+import argparse
+import csv
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality import (
+    baselines,
+    bench,
+    evaluation,
+    protocols,
+    scenes,
+    sensitivities,
+    sources,
+    tinyllava,
+)
+from benchmarks.quality.baselines import State
+from benchmarks.quality.bench import Bench
+from benchmarks.quality.cells import (
+    COLUMNS,
+    Cell,
+    Key,
+    Store,
+    from_line,
+    read,
+    setting_text,
+    to_line,
+)
+from benchmarks.quality.protocols import NEW_SAMPLES, PROTOCOLS
+from benchmarks.quality.training import Report
+from benchmarks.results import ROOT, machine
+from tailor_fast import Recipe, tailor_model
+
+OUT = ROOT / "results" / "quality" / "defaults.csv"
+DENSITY = 0.1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One departure from the defaults.
+
+    Attributes:
+        title: in words, for the table.
+        changed: fields of the recipe.
+        samples: scenes of the new task and of each old one.
+    """
+
+    title: str
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = NEW_SAMPLES
+
+
+def _each(name: str, values: Sequence[Any], **fixed: Any) -> list[Choice]:
+    return [Choice(f"`{name}` {value}", {name: value, **fixed}) for value in values]
+
+
+_SAMPLES = [Choice(f"{count} scenes a task", samples=count) for count in (16, 32, 64, 256)]
+_DAMPING = _each("percdamp", (0.001, 0.1))
+_SOLVE = [
+    *_each("propagate", ("none", "sequential")),
+    *_each("group", ("block",)),
+    *_DAMPING,
+    *_each("tol", (0.1, 1e-4)),
+    *_SAMPLES,
+]
+DEFAULTS = Choice("**defaults**")
+# Without old data a score chooses the mask; with it the solution does, in steps.
+CHOICES: Mapping[bool, Sequence[Choice]] = {
+    False: (
+        DEFAULTS,
+        *_each("sensitivity", ("diag", "ratio", "weight")),
+        *_each("salience_weight", (0.0, 0.25, 0.75, 1.0)),
+        *_each("normalize", ("row", "tensor", "none")),
+        *_each("scope", ("row", "block", "layer", "global")),
+        *_each("decorate", ("obs", "none")),
+        *_each("refits", (4,)),
+        *_SOLVE,
+    ),
+    True: (
+        DEFAULTS,
+        *_each("retain_weight", (0.01, 0.03, 0.2, 0.3, 1.0)),
+        *_each("refits", (0, 1, 2, 8)),
+        *_each("scope", ("row", "layer", "global")),
+        *_SOLVE,
+    ),
+}
+
+
+def code_version() -> str:
+    """Return a short digest of the sources that make and measure a cell."""
+    modules = (baselines, sensitivities, bench, evaluation, protocols, scenes)
+    return sources.digest((*modules, sys.modules[__name__]))[:12]
+
+
+def _tailored(found: Bench, choice: Choice, retain: bool, seed: int) -> State:
+    def data(task: str) -> dict[str, torch.Tensor]:
+        batch = tinyllava.encode([scenes.draw(task, "train", choice.samples, seed)])
+        return dict(found.family.inputs(batch))
+
+    old = [data(task) for task in found.old_tasks] if retain else None
+    recipe = Recipe(density=DENSITY, **choice.changed)
+    done = tailor_model(found.base, found.tuned, [data(found.new_task)], recipe, retain_batches=old)
+    return done.model.state_dict()
+
+
+def run(
+    work: Path, names: Sequence[str], seeds: Sequence[int], store: Store, report: Report = print
+) -> Iterator[Cell]:
+    """Measure what is missing and yield every cell of these protocols and fine-tuning seeds.
+
+    A cell's row is ``old data`` or ``new data only``, its setting the departure.
+    """
+    for name in names:
+        for seed in seeds:
+            base, tuned = PROTOCOLS[name].make(work, 0, seed, report)
+            found: Bench | None = None
+            for retain, choices in CHOICES.items():
+                for choice in choices:
+                    key = Key(
+                        name, 0, seed, row(retain), DENSITY, setting(choice), "validation",
+                        tuned.fingerprint[:12],
+                    )  # fmt: skip
+                    cell = store.get(key)
+                    if cell is None:
+                        found = found or Bench(PROTOCOLS[name], base, tuned, seed)
+                        make = _maker(found, choice, retain, seed)
+                        cell = store.add(key, found.measure(make, "validation"))
+                    report(f"{name} {seed} {key.row} {key.setting}: {cell.scores.h_mean:.1f}")
+                    yield cell
+
+
+def _maker(found: Bench, choice: Choice, retain: bool, seed: int) -> Callable[[], State]:
+    return lambda: _tailored(found, choice, retain, seed)
+
+
+def row(retain: bool) -> str:
+    """Name of the half of the table."""
+    return "old data" if retain else "new data only"
+
+
+def setting(choice: Choice) -> str:
+    """The departure as canonical JSON."""
+    return setting_text({**choice.changed, "samples": choice.samples})
+
+
+def save(cells: Sequence[Cell], path: Path, command: str) -> None:
+    """Write a line for each cell below a remark that names what made them."""
+    facts = "; ".join(f"{name} {value}" for name, value in machine().items())
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {command}; {facts}\n")
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(to_line(cell, code_version()) for cell in cells)
+
+
+def load(path: Path) -> list[Cell]:
+    """Read them back."""
+    return [from_line(line) for line in read(path)]
+
+
+def main() -> None:
+    """Parse the command line, run, write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.defaults")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"))
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    store = Store(arguments.work / "defaults-cells.csv", code_version(), machine()["commit"])
+    cells = list(run(arguments.work, arguments.protocols, arguments.seeds, store))
+    save(
+        cells,
+        arguments.out,
+        shlex.join(["python", "-m", "benchmarks.quality.defaults", *sys.argv[1:]]),
+    )
+
+
+if __name__ == "__main__":
+    main()
