@@ -79,7 +79,7 @@ DEFAULTS = Choice("**defaults**")
 CHOICES: Mapping[bool, Sequence[Choice]] = {
     False: (
         DEFAULTS,
-        *_each("sensitivity", ("diag", "ratio", "weight")),
+        *_each("sensitivity", ("diag", "weight")),
         *_each("salience_weight", (0.0, 0.25, 0.75, 1.0)),
         *_each("normalize", ("row", "tensor", "none")),
         *_each("scope", ("row", "block", "layer", "global")),
@@ -91,6 +91,7 @@ CHOICES: Mapping[bool, Sequence[Choice]] = {
         DEFAULTS,
         *_each("retain_weight", (0.01, 0.03, 0.2, 0.3, 1.0)),
         *_each("refits", (0, 1, 2, 8)),
+        Choice("`refits` 0, `sensitivity` ratio", {"refits": 0, "sensitivity": "ratio"}),
         *_each("scope", ("row", "layer", "global")),
         *_SOLVE,
     ),
