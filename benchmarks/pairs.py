@@ -104,18 +104,22 @@ class _Numbers:
         return self._twice[start : start + count]
 
 
-def write_pair(folder: Path, shape: Shape, seed: int = 0) -> tuple[Path, Path]:
+def write_pair(
+    folder: Path, shape: Shape, seed: int = 0, moved: int | None = None
+) -> tuple[Path, Path]:
     """Write ``folder/base`` and ``folder/tuned``; the tuned linears have moved by a tenth.
 
     Args:
         folder: an existing directory.
         shape: of the model.
         seed: of all numbers.
+        moved: seed of what the tuned linears have moved by, where one base has several fine-tunes;
+            None is ``seed + 1``.
 
     Raises:
         TailorError: a model is there already, or cannot be written.
     """
-    numbers, moves = _Numbers(seed), _Numbers(seed + 1)
+    numbers, moves = _Numbers(seed), _Numbers(seed + 1 if moved is None else moved)
     layout = plan_layout(shape.specs(), max_shard_bytes=shape.shard_bytes)
     paths = folder / "base", folder / "tuned"
     with StagedCheckpoint(paths[0], layout) as base, StagedCheckpoint(paths[1], layout) as tuned:

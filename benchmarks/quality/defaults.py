@@ -8,10 +8,8 @@ import argparse
 import csv
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,68 +32,16 @@ from benchmarks.quality.cells import (
     Store,
     from_line,
     read,
-    setting_text,
     to_line,
 )
-from benchmarks.quality.protocols import NEW_SAMPLES, PROTOCOLS
+from benchmarks.quality.choices import CHOICES, Choice, row, setting
+from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.training import Report
 from benchmarks.results import ROOT, machine
 from tailor_fast import Recipe, tailor_model
 
 OUT = ROOT / "results" / "quality" / "defaults.csv"
 DENSITY = 0.1
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One departure from the defaults.
-
-    Attributes:
-        title: in words, for the table.
-        changed: fields of the recipe.
-        samples: scenes of the new task and of each old one.
-    """
-
-    title: str
-    changed: Mapping[str, Any] = field(default_factory=dict)
-    samples: int = NEW_SAMPLES
-
-
-def _each(name: str, values: Sequence[Any], **fixed: Any) -> list[Choice]:
-    return [Choice(f"`{name}` {value}", {name: value, **fixed}) for value in values]
-
-
-_SAMPLES = [Choice(f"{count} scenes a task", samples=count) for count in (16, 32, 64, 256)]
-_DAMPING = _each("percdamp", (0.001, 0.1))
-_SOLVE = [
-    *_each("propagate", ("none", "sequential")),
-    *_each("group", ("block",)),
-    *_DAMPING,
-    *_each("tol", (0.1, 1e-4)),
-    *_SAMPLES,
-]
-DEFAULTS = Choice("**defaults**")
-# Without old data a score chooses the mask; with it the solution does, in steps.
-CHOICES: Mapping[bool, Sequence[Choice]] = {
-    False: (
-        DEFAULTS,
-        *_each("sensitivity", ("diag", "weight")),
-        *_each("salience_weight", (0.0, 0.25, 0.75, 1.0)),
-        *_each("normalize", ("row", "tensor", "none")),
-        *_each("scope", ("row", "block", "layer", "global")),
-        *_each("decorate", ("obs", "none")),
-        *_each("refits", (4,)),
-        *_SOLVE,
-    ),
-    True: (
-        DEFAULTS,
-        *_each("retain_weight", (0.01, 0.03, 0.2, 0.3, 1.0)),
-        *_each("refits", (0, 1, 2, 8)),
-        Choice("`refits` 0, `sensitivity` ratio", {"refits": 0, "sensitivity": "ratio"}),
-        *_each("scope", ("row", "layer", "global")),
-        *_SOLVE,
-    ),
-}
 
 
 def code_version() -> str:
@@ -143,16 +89,6 @@ def run(
 
 def _maker(found: Bench, choice: Choice, retain: bool, seed: int) -> Callable[[], State]:
     return lambda: _tailored(found, choice, retain, seed)
-
-
-def row(retain: bool) -> str:
-    """Name of the half of the table."""
-    return "old data" if retain else "new data only"
-
-
-def setting(choice: Choice) -> str:
-    """The departure as canonical JSON."""
-    return setting_text({**choice.changed, "samples": choice.samples})
 
 
 def save(cells: Sequence[Cell], path: Path, command: str) -> None:

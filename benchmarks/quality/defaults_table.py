@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.quality.cells import Cell
-from benchmarks.quality.defaults import CHOICES, DEFAULTS, Choice, row, setting
+from benchmarks.quality.choices import CHOICES, DEFAULTS, Choice, row, setting
 from benchmarks.quality.report import Spread
 
 Pair = tuple[str, int]
@@ -32,7 +32,7 @@ def table(cells: Sequence[Cell], retain: bool) -> str:
             f"{statistics.fmean(changes.values()):+.1f}",
             f"{min(map(statistics.fmean, parts)):+.1f}",
         ]
-        shown = [_said(_of(values, name)) for name in names]
+        shown = [_spread(_of(values, name)) for name in names]
         lines.append([title, *shown, *(["", ""] if title == DEFAULTS.title else ends)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -51,8 +51,5 @@ def _of(values: Mapping[Pair, float], name: str) -> dict[Pair, float]:
     return {pair: value for pair, value in values.items() if pair[0] == name}
 
 
-def _said(values: Mapping[Pair, float]) -> str:
-    if not values:
-        return ""
-    spread = Spread.of(list(values.values()))
-    return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
+def _spread(values: Mapping[Pair, float]) -> str:
+    return str(Spread.of(list(values.values()))) if values else ""

@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.quality import goals, picture, report, sequence, stitching
+from benchmarks.quality import (
+    defaults,
+    defaults_table,
+    goals,
+    picture,
+    report,
+    sequence,
+    stitching_table,
+)
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.report import Line, Spread
 from benchmarks.quality.rows import ROWS
@@ -43,45 +51,13 @@ NAMES = {
     },
 }
 
-STITCHED = {
-    "base": "base model",
-    "tuned-code": "fine-tuned on `code`",
-    "tuned-next": "fine-tuned on `next`",
-    "task-arithmetic": "task arithmetic",
-    "magmax": "MagMax",
-    "ties": "TIES",
-    "dare-ties": "DARE-TIES",
-    "pcb": "PCB",
-    "patches-mean": "mean of two patches",
-    "patches-sum": "sum of two patches",
-    "patches-mean-retain": "mean of two patches, old data",
-    "patches-sum-retain": "sum of two patches, old data",
-    "surrogate": "surrogate: joint solve of two patches",
-    "surrogate-retain": "surrogate, old data",
-    "surrogate-refit-retain": "surrogate, old data, refitted mask",
-    "joint-union": "**joint solve, union**",
-    "joint-best": "joint solve, best",
-    "joint-union-retain": "joint solve, union, old data, mask by score",
-    "joint-best-retain": "joint solve, best, old data, mask by score",
-    "refit-union-retain": "**joint solve, union, old data, refitted mask**",
-    "refit-best-retain": "joint solve, best, old data, refitted mask",
-}
-
 
 def _spread(name: str) -> Callable[[Line], str]:
     def cell(line: Line) -> str:
         spread = line.spreads.get(name)
-        return "" if spread is None else _text(spread)
+        return "" if spread is None else str(spread)
 
     return cell
-
-
-def _text(spread: Spread) -> str:
-    return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
-
-
-def _text_of_one(spread: Spread) -> str:
-    return f"{spread.mean:.1f}"  # one value has no deviation
 
 
 def _mean(name: str, scale: float, digits: int) -> Callable[[Line], str]:
@@ -127,7 +103,7 @@ def densities(lines: Sequence[Line]) -> str:
     shares = sorted({line.density for line in lines if ROWS[line.row].has_density})
     if len(shares) < 2:
         return ""
-    found = {(line.row, line.density): _text(line.spreads["h_mean"]) for line in lines}
+    found = {(line.row, line.density): str(line.spreads["h_mean"]) for line in lines}
     names = [name for name in NAMES if any((name, share) in found for share in shares)]
     rows = [
         f"| {NAMES[name]} | {' | '.join(found.get((name, share), '') for share in shares)} |"
@@ -169,7 +145,7 @@ def _sequence(path: Path) -> str:
     for arm in sequence.ARMS:
         each = [sequence.figures(found, arm, seed) for seed in seeds]
         cells = [
-            _text(Spread.of([figures[name] for figures in each]))
+            str(Spread.of([figures[name] for figures in each]))
             for name in ("old", "average", "transfer")
         ]
         rows.append(f"| {arm} | {' | '.join(cells)} |")
@@ -193,43 +169,14 @@ def _sequence(path: Path) -> str:
     )
 
 
-def _stitching(folder: Path) -> str:
-    lines = stitching.load(folder / stitching.OUT["two"].name)
-    seeds = str(len({line.seed for line in lines}))
-    told = (Path(__file__).with_name("stitching.template.md")).read_text(encoding="utf-8")
-    return told.strip().replace("{seeds}", seeds).replace("{table}", _stitched(lines))
-
-
-def _stitched(lines: Sequence[stitching.Line]) -> str:
-    """Return one row a method; where it has fewer seeds than the base model, it says so."""
-    columns = {
-        "old tasks": "old",
-        "old kept": "kept",
-        **{f"`{task}`": task for task in stitching.new_tasks(lines[0].scores)},
-        "mean of new": "new",
-        "mean of tasks": "mean",
-        "changed, %": "changed",
-    }
-    head = ["method", *columns, "at 0.05: mean of tasks", "chosen for H-mean: H-mean"]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-    seeds = {name: len({line.seed for line in lines if line.row == name}) for name in STITCHED}
-    for name, words in STITCHED.items():
-        if not seeds[name]:
-            continue
-        few = f" ({seeds[name]} of {seeds['base']} seeds)" if seeds[name] < seeds["base"] else ""
-        text = _text if seeds[name] > 1 else _text_of_one
-        held = stitching.spreads(lines, name, 0.0, "held")
-        sparse = stitching.spreads(lines, name, 0.05, "held")
-        harmonic = stitching.spreads(lines, name, 0.0, "h_mean")["h_mean"]
-        rows.append(
-            [
-                words + few,
-                *(text(held[figure]) for figure in columns.values()),
-                text(sparse["mean"]) if sparse else "",
-                text(harmonic),
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _defaults(path: Path) -> str:
+    if not path.exists():
+        return "Not measured yet."
+    cells = defaults.load(path)
+    return "\n\n".join(
+        f"### {title}\n\n{defaults_table.table(cells, retain)}"
+        for title, retain in (("With old data", True), ("New data only", False))
+    )
 
 
 def render(folder: Path = RESULTS) -> str:
@@ -241,10 +188,10 @@ def render(folder: Path = RESULTS) -> str:
     ]
     if (folder / sequence.OUT.name).exists():
         sections.append(_sequence(folder / sequence.OUT.name))
-    if (folder / stitching.OUT["two"].name).exists():
-        sections.append(_stitching(folder))
+    sections += stitching_table.sections(folder)
     template = Path(__file__).with_name("page.template.md").read_text(encoding="utf-8")
     told = template.replace("{sections}", "\n\n".join(sections))
+    told = told.replace("{defaults}", _defaults(folder / defaults.OUT.name))
     return told.replace("{goals}", goals.table(lines))
 
 

@@ -31,6 +31,9 @@ class Spread:
         """The spread of at least one value."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.deviation:.1f}"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -118,14 +121,10 @@ _SHOWN: Mapping[str, Callable[[Line], str]] = {
     "protocol": lambda line: line.protocol,
     "method": lambda line: line.row,
     "density": lambda line: f"{line.density:g}",
-    "old": lambda line: _with_deviation(line.spreads["old"]),
-    "new": lambda line: _with_deviation(line.spreads["new"]),
-    "H-mean": lambda line: _with_deviation(line.spreads["h_mean"]),
+    "old": lambda line: str(line.spreads["old"]),
+    "new": lambda line: str(line.spreads["new"]),
+    "H-mean": lambda line: str(line.spreads["h_mean"]),
 }
-
-
-def _with_deviation(spread: Spread) -> str:
-    return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
 
 
 def text(lines: Sequence[Line]) -> str:

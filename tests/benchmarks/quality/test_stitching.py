@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import stitching, stitching_rows, stitching_rules, training
+from benchmarks.quality import (
+    stitching,
+    stitching_rows,
+    stitching_rules,
+    stitching_table,
+    training,
+)
 from benchmarks.quality.scenes import OLD_TASKS
 from benchmarks.quality.stitching import Line
 from benchmarks.quality.stitching_rows import GROUPS, ROWS, Bench
@@ -189,3 +195,7 @@ def test_four_fine_tunes_are_four_tasks_and_none_of_the_others_rows(
 def _rounded(line: Line) -> Line:
     scores = {task: round(value, 2) for task, value in line.scores.items()}
     return line._replace(changed=round(line.changed, 6), scores=scores)
+
+
+def test_every_method_has_a_name_on_the_page() -> None:
+    assert set(stitching_table.NAMES) == set(ROWS)
