@@ -89,7 +89,7 @@ class Bench:
     @property
     def old_inputs(self) -> list[Inputs]:
         """Calibration batches of the old tasks."""
-        return [self.family.inputs(batch) for batch in self.old_batches]
+        return [self.family.labelled(batch) for batch in self.old_batches]
 
     def tailor(self, recipe: Recipe, *, retain: bool) -> State:
         """Return the state of the model that ``tailor_model`` makes."""

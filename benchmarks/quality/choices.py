@@ -50,7 +50,7 @@ CHOICES: Mapping[bool, Sequence[Choice]] = {
     ),
     True: (
         DEFAULTS,
-        *_each("retain_weight", (0.01, 0.03, 0.2, 0.3, 1.0)),
+        *_each("retain_weight", (0.01, 0.03, 0.1, 0.2, 0.3, 1.0)),
         *_each("refits", (0, 1, 2, 8)),
         Choice("`refits` 0, `sensitivity` ratio", {"refits": 0, "sensitivity": "ratio"}),
         *_each("scope", ("row", "layer", "global")),

@@ -60,7 +60,7 @@ def _repaired(before: Made, tuned: Made, task: str, known: Sequence[str], folder
     """Patch ``before`` towards ``tuned``, held to what it answers on the ``known`` tasks."""
 
     def data(name: str, count: int) -> dict[str, torch.Tensor]:
-        return FAMILY.inputs(tinyllava.encode([scenes.draw(name, "train", count, 0)]))
+        return FAMILY.labelled(tinyllava.encode([scenes.draw(name, "train", count, 0)]))
 
     done = tailor_model(
         FAMILY.load(before.folder),

@@ -20,7 +20,7 @@ from tailor_fast.calibration.collect import Collector
 from tailor_fast.calibration.data import Data, read_data
 from tailor_fast.calibration.groups import Groups, discover
 from tailor_fast.calibration.lockstep import Lockstep, Stream
-from tailor_fast.calibration.options import RunOptions, Tokens
+from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Kind, StatisticsHeader, write_group
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
@@ -34,6 +34,7 @@ from tailor_fast.checkpoint import (
     open_tuned,
 )
 from tailor_fast.models import caller, find_targets, map_keys, names_as_stored, refuse_fused
+from tailor_fast.models.inputs import Tokens
 
 _BUFFER_BYTES = 8 << 20
 PathLike = str | os.PathLike[str]

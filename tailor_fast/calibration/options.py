@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from tailor_fast._core.errors import UsageError
 from tailor_fast.checkpoint import ResumeMode
-
-Tokens = Literal["all", "answer", "official"]
+from tailor_fast.models.inputs import Tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class RunOptions:
         samples: at most so many samples of each data file, evenly spaced; None takes all.
         max_length: longest sample in tokens.
         tokens: which tokens of a sample count: ``all`` but padding, those of its ``answer``, or
-            padding too, as in the authors' script (``official``).
+            padding too, as in the authors' script (``official``); ``asked`` is ``answer`` where
+            samples have one and ``all`` where not.
     """
 
     device: str = "cpu"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tailor_fast._core.errors import InputError, UsageError
-from tailor_fast.calibration.options import RunOptions, Tokens
+from tailor_fast.calibration.options import RunOptions
 from tailor_fast.checkpoint import (
     Checkpoint,
     StagedFile,
@@ -29,6 +29,7 @@ from tailor_fast.checkpoint import (
     plan_layout,
 )
 from tailor_fast.models.encoding import InputBatch, ModelInfo, NamedBatch, cast
+from tailor_fast.models.inputs import Tokens
 from tailor_fast.models.tokens import TOKEN_MASK
 
 if TYPE_CHECKING:
@@ -288,14 +289,15 @@ def _check_model(
 def _named(batch: InputBatch, place: _Place, tokens: Tokens, dtype: torch.dtype) -> NamedBatch:
     """The batch as the model takes it, with the mask of the tokens that count."""
     mask, labels = batch.pop(TOKEN_MASK, None), batch.pop("labels", None)
-    if tokens == "answer":
+    if tokens in ("answer", "asked"):
         if mask is None and labels is not None:
             mask = labels.ne(_NOT_COUNTED)
-        if mask is None:
+        if mask is None and tokens == "answer":
             raise InputError(
                 f"{place.where}: has neither {TOKEN_MASK} nor labels; tokens 'answer' needs one"
             )
-        batch[TOKEN_MASK] = mask.bool() & batch["attention_mask"].bool()
+        if mask is not None:
+            batch[TOKEN_MASK] = mask.bool() & batch["attention_mask"].bool()
     elif tokens == "official":
         batch[TOKEN_MASK] = torch.ones_like(batch["attention_mask"], dtype=torch.bool)
     named = NamedBatch({key: cast(value, dtype) for key, value in batch.items()})

@@ -165,7 +165,7 @@ class RecipeOptions:
         typer.Option(
             metavar="W",
             help="Weight of the base model's answers on old data.",
-            show_default="0.1",
+            show_default="measured on --retain",
             rich_help_panel=_DECORATE,
         ),
     ] = None

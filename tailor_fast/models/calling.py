@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tailor_fast.models.residency import output_head
 from tailor_fast.models.tokens import TOKEN_MASK
 
 # Labels are never needed for activations, and the loss costs a pass over the vocabulary.
@@ -33,8 +34,7 @@ def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
         try:
             with _stopped_at_head(module):
                 if isinstance(batch, Mapping):
-                    inputs = {key: value for key, value in batch.items() if key not in _DROPPED}
-                    return module(**{**extra, **inputs})
+                    return module(**{**extra, **inputs_of(batch)})
                 if isinstance(batch, Sequence):
                     return module(*batch, **extra)
                 return module(batch, **extra)
@@ -42,6 +42,11 @@ def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
             return None
 
     return call
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a batch that a forward pass takes."""
+    return {key: value for key, value in batch.items() if key not in _DROPPED}
 
 
 def _hands_on(model: nn.Module, accepts: Mapping[str, inspect.Parameter]) -> bool:
@@ -53,9 +58,8 @@ def _hands_on(model: nn.Module, accepts: Mapping[str, inspect.Parameter]) -> boo
 
 @contextmanager
 def _stopped_at_head(module: nn.Module) -> Iterator[None]:
-    get_head = getattr(module, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if not isinstance(head, nn.Module):
+    head = output_head(module)
+    if head is None:
         yield
         return
 

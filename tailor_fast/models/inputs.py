@@ -37,7 +37,7 @@ __all__ = [
     "read_samples",
 ]
 
-Tokens = Literal["all", "answer", "official"]
+Tokens = Literal["all", "answer", "official", "asked"]
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -107,7 +107,8 @@ def make_batches(
         dtype: dtype of pixel values and other floating inputs; None leaves the processor's.
         tokens: ``"answer"`` adds ``token_mask`` (bool ``[batch, length]``), True where an answer
             stands, so that nothing else is counted; ``"official"`` a mask that is True everywhere:
-            the authors' script counts padding.
+            the authors' script counts padding. ``"asked"`` is ``"answer"`` for the batches whose
+            samples all have an answer before which text stands, ``"all"`` for others.
         config: the model's configuration, which says how many positions it has and whether it is an
             encoder-decoder; None for a decoder without a limit.
         share: which of how many batches are made; ``slice`` itself makes all.
@@ -135,7 +136,8 @@ def make_batches(
     parts = _parts([renderer.render(sample) for sample in samples], batch_size)
     for part in parts[share(len(parts))]:
         batch = encoder.encode(part)
-        if tokens == "answer":
+        asked = tokens == "asked" and not model.encoder_decoder
+        if tokens == "answer" or (asked and all(text.answer for text in part)):
             rows = zip(part, batch["input_ids"], strict=True)
             batch[TOKEN_MASK] = torch.stack(
                 [_answer_mask(text, ids, renderer, encoder) for text, ids in rows]

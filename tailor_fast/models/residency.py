@@ -30,6 +30,13 @@ class _Slot:
     empty: nn.Parameter
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output head of a language model, which runs only where its answers are asked for."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return head if isinstance(head, nn.Module) else None
+
+
 class Residency:
     """Loads and drops the parameters of a skeleton.
 
@@ -62,10 +69,8 @@ class Residency:
 
     @classmethod
     def unit_sizes(cls, model: nn.Module) -> dict[str, int]:
-        """Number of parameters in each unit of ``model`` but its output head, which never runs."""
-        plain = cls(model, lambda _name: None)
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
+        """Number of parameters in each unit of ``model`` but its output head."""
+        plain, head = cls(model, lambda _name: None), output_head(model)
         return {
             unit: sum(slot.empty.numel() for slot in slots)
             for unit, slots in plain._units.items()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tailor_fast._core.errors import UsageError
-from tailor_fast.patching.recipe import DEFAULT_REFITS, SCORE, Recipe
+from tailor_fast.patching.recipe import DEFAULT_REFITS, DEFAULT_RETAIN, SCORE, Recipe
 from tailor_fast.patching.report import Report
 
 
@@ -35,9 +35,22 @@ class Given:
 def resolve(recipe: Recipe, given: Given, report: Report) -> Recipe:
     """Return the recipe as it will be run; say in the report what that changes.
 
+    ``retain_weight`` stays open where there are samples to measure it by.
+
     Raises:
         UsageError: the recipe asks for what the data cannot give, or data has no use.
     """
+    recipe = _resolved(recipe, given, report)
+    if recipe.retain_weight is not None or (given.old_samples and recipe.decorate == "exact"):
+        return recipe
+    if given.old and recipe.decorate == "exact":
+        report.notes.append(
+            f"retain statistics: retain_weight {DEFAULT_RETAIN:g}, without samples to measure it by"
+        )
+    return recipe.model_copy(update={"retain_weight": DEFAULT_RETAIN})
+
+
+def _resolved(recipe: Recipe, given: Given, report: Report) -> Recipe:
     if given.samples and given.statistics is not None:
         raise UsageError(
             "calibration samples and statistics are given; expected one of the two; leave one out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.placing import ON_DEVICE
+from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Statistics, is_statistics, open_statistics
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
 from tailor_fast.checkpoint import Held, Layout, Resume, StagedCheckpoint, plan_layout
@@ -26,6 +27,8 @@ from tailor_fast.models import Target, caller
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
 from tailor_fast.patching.fitting import fit_device, spill_of
+from tailor_fast.patching.forgetting import run_by_blocks, settle_retain_weight
+from tailor_fast.patching.gathered import solve_from_statistics
 from tailor_fast.patching.holding import hold_base
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.memory import divide_memory
@@ -218,6 +221,8 @@ class Job:
         weights = StreamedWeights(sources, writer, named, device, shared)
         targets = {name: layer.target for name, layer in named.items()}
         units = self._units(sources, targets)
+        if self.recipe.retain_weight is None:
+            self.recipe = self._settled(sources, plan)
         solver = Solver(self.recipe, weights, targets, units, self.report, processes)
         if plan.device is not None:
             solver.solved_at_once = plan.device.placement.solved_at_once
@@ -226,7 +231,8 @@ class Job:
         if self._statistics is None:
             self._from_samples(weights, solver, plan)
         else:
-            self._from_statistics(weights, solver, self._statistics)
+            walk = (self._old_moments, self.progress, weights.told(self.progress))
+            solve_from_statistics(weights, solver, self._statistics, *walk)
         for row in self.report.linears:
             row.tensor = named[row.name].tensor
         if processes.count > 1:
@@ -264,30 +270,6 @@ class Job:
             )
         return statistics.moments(members[0], torch.device(self.request.options.device))
 
-    def _from_statistics(
-        self, weights: StreamedWeights, solver: Solver, statistics: Statistics
-    ) -> None:
-        names = list(weights.layers)
-        device = weights.device
-        groups = statistics.grouped(names)
-        solver.leave([n for n in names if n not in statistics], "the statistics have no entry")
-        if solver.needs_scores_first:
-            for group in groups:
-                new, old = statistics.moments(group[0], device), self._old_moments(group)
-                if new is not None:
-                    solver.score(group, new, old)
-            solver.finish_scores()
-        self.progress.start(len(groups))
-        told = self._told(weights)
-        for done, group in enumerate(groups, 1):
-            if solver.finished(group):
-                solver.solve(group, None, None)
-            elif (new := statistics.moments(group[0], device)) is None:
-                solver.leave(group, "no counted token reaches it")
-            else:
-                solver.solve(group, new, self._old_moments(group))
-            told(group[0], done, len(groups))
-
     def _from_samples(self, weights: StreamedWeights, solver: Solver, plan: PatchPlan) -> None:
         sources, device, recipe = weights.sources, weights.device, self.recipe
         keys = sources.keys
@@ -317,33 +299,42 @@ class Job:
             engine = Engine(solver, groups, streams, by_block, placement=placement)
             if self._old_statistics is not None:
                 engine.old_moments = self._old_moments
-            kept = self._held.kept_bytes if self._held else 0
-            engine.spill = spill_of(stack, plan, self.request.options, kept, self.request.out)
-            engine.progress = self._told(weights)
+            engine.spill = self._spill(stack, plan)
+            engine.progress = weights.told(self.progress)
             engine.run()
 
+    def _settled(self, sources: Sources, plan: PatchPlan) -> Recipe:
+        """The recipe with the retention weight that the samples of old tasks call for."""
+        options, device = self.request.options, torch.device(self.request.options.device)
+        self.progress.note("measuring what the tuned model has changed on old tasks")
+        with ExitStack() as stack:
+            pair = (sources.base, sources.tuned)
+            models = [StreamedModel(source, sources.keys, device) for source in pair]
+            attach(stack, *models)
+            spill = self._spill(stack, plan)
+            asked = replace(options, tokens="asked")
+            batches, _ = self._batches(self.request.retain, models[1], device, asked)
+            runs = [(model.model, run_by_blocks(model, spill)) for model in models]
+            told = (self.report, self.processes)
+            return settle_retain_weight(self.recipe, runs, batches or [], *told)
+
+    def _spill(self, stack: ExitStack, plan: PatchPlan) -> ActivationSpill | None:
+        kept = self._held.kept_bytes if self._held else 0
+        return spill_of(stack, plan, self.request.options, kept, self.request.out)
+
     def _batches(
-        self, path: Path | None, model: StreamedModel, device: torch.device
+        self,
+        path: Path | None,
+        model: StreamedModel,
+        device: torch.device,
+        options: RunOptions | None = None,
     ) -> tuple[list[Batch] | None, int]:
         """This process's batches, and how many others have before them."""
         if path is None:
             return None, 0
-        share = self.processes.share
+        share, options = self.processes.share, options or self.request.options
         processor = model.source.checkpoint.processor_directory or self.request.tuned
-        data = read_data(path, processor, model.model, self.request.options, device, share)
-        if data.note:
+        data = read_data(path, processor, model.model, options, device, share)
+        if data.note and data.note not in self.report.notes:
             self.report.notes.append(data.note)
         return data.batches, data.first
-
-    def _told(self, weights: StreamedWeights) -> Callable[[str, int, int], None]:
-        sizes = weights.sources.tuned.checkpoint.tensors
-
-        def told(name: str, done: int, total: int) -> None:
-            written = sum(sizes[tensor].nbytes for tensor in weights.written)
-            try:
-                self.progress.group(name, done, total, written)
-            except KeyboardInterrupt:
-                weights.writer.drain()  # the group is finished only when it is written
-                raise
-
-        return told

@@ -14,6 +14,7 @@ from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.streamed import run_dtype, skeleton_of
 from tailor_fast.checkpoint import Layout
 from tailor_fast.models import Residency
+from tailor_fast.models.residency import output_head
 from tailor_fast.ops.select import kept_count
 from tailor_fast.patching.device import DevicePlan
 from tailor_fast.patching.inputs import Given
@@ -198,6 +199,10 @@ def _phases(
         most = Residency.most_resident(model, resident)
         resident = {name: words * count for name, count in most.items()}
         yield words * max(Residency.unit_sizes(model).values(), default=0), 0
+        if recipe.retain_weight is None and (head := output_head(model)) is not None:
+            answering = sum(parameter.numel() for parameter in head.parameters())
+            answering += max(most.values(), default=0)
+            yield run_dtype(model).itemsize * answering, 0
     for layer in layers:
         yield resident[layer.name], _solve_bytes(sources, layer, recipe, given, device)
 

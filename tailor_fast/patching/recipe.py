@@ -17,6 +17,8 @@ Propagate = Literal["asymmetric", "sequential", "none"]
 
 SCORE = {"salience_weight", "sensitivity", "normalize"}  # what a refitted mask does not depend on
 DEFAULT_REFITS = 4  # with old-task data
+DEFAULT_RETAIN = 0.1  # where it cannot be measured
+MEASURED_RETAIN = 0.3  # where all that the base model said on old tasks has changed
 
 
 class Recipe(BaseModel):
@@ -33,6 +35,8 @@ class Recipe(BaseModel):
         decorate: how the kept values are adjusted.
         propagate: whose inputs a layer is fitted on.
         retain_weight: β, weight of the term that keeps the base model's answers on old-task data.
+            None measures it where there are samples: ``MEASURED_RETAIN`` times the share of the
+            base model's words on their answers that the tuned model would not say; 0.1 elsewhere.
         refits: steps in which the exact solve chooses the mask itself, from its solution over every
             weight down to ``density``; 0 keeps the mask of the score. None is 4 with old-task data,
             unless a part of the score is chosen, and 0 without: there it reproduces the tuned
@@ -59,7 +63,7 @@ class Recipe(BaseModel):
     scope: Scope = "tensor"
     decorate: Decorate = "exact"
     propagate: Propagate = "asymmetric"
-    retain_weight: float = Field(0.1, ge=0.0, allow_inf_nan=False)
+    retain_weight: float | None = Field(None, ge=0.0, allow_inf_nan=False)
     refits: int | None = Field(None, ge=0)
     percdamp: float = Field(0.01, gt=0.0, allow_inf_nan=False)
     group: Literal["input", "block"] = "input"
@@ -107,6 +111,13 @@ class Recipe(BaseModel):
         bounds = (part.partition("-") for part in self.layers.split(","))
         block = int(number[1])
         return any(int(low) <= block <= int(high or low) for low, _, high in bounds)
+
+    @property
+    def settled_retain_weight(self) -> float:
+        """``retain_weight`` of a recipe that is run, where it is no longer open."""
+        if self.retain_weight is None:
+            raise RuntimeError("retain_weight is open; expected it to be settled before a solve")
+        return self.retain_weight
 
     def of(self, name: str) -> Recipe:
         """The recipe for the layer of module name ``name``, with its own density."""

@@ -50,7 +50,7 @@ class GroupInputs:
         """What all rows of an exact solve share, made once; None for the other decorations."""
         if not isinstance(self.new, Moments) or recipe.decorate != "exact":
             return None
-        options = (recipe.percdamp, recipe.retain_weight)
+        options = (recipe.percdamp, recipe.settled_retain_weight)
         with self._lock:  # layers may be solved in threads
             if options not in self._made:
                 if self._made:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from tailor_fast._core.progress import Progress
 from tailor_fast.calibration.streamed import StreamedModel
 from tailor_fast.checkpoint import Hashed
 from tailor_fast.models import Target
@@ -66,6 +68,20 @@ class StreamedWeights:
     def preview(self, target: Target) -> None:
         """Let the patched model run with the tuned weight."""
         self._set(target, self.sources.tuned.read(self.layers[target.name].tensor))
+
+    def told(self, progress: Progress) -> Callable[[str, int, int], None]:
+        """What tells ``progress`` of a group that is solved: its name, how many are, and of all."""
+        sizes = self.sources.tuned.checkpoint.tensors
+
+        def told(name: str, done: int, total: int) -> None:
+            written = sum(sizes[tensor].nbytes for tensor in self.written)
+            try:
+                progress.group(name, done, total, written)
+            except KeyboardInterrupt:
+                self.writer.drain()  # the group is finished only when it is written
+                raise
+
+        return told
 
     def _set(self, target: Target, stored: torch.Tensor) -> None:
         if self.patched is not None:

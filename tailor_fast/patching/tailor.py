@@ -25,6 +25,7 @@ from tailor_fast.models import (
 )
 from tailor_fast.ops.codec import EncodedPatch, encode_patch
 from tailor_fast.patching.engine import Engine, Progress, silent
+from tailor_fast.patching.forgetting import run_in_memory, settle_retain_weight
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.recipe import Recipe
@@ -73,7 +74,8 @@ def tailor_model(
             out of the statistics. None selects by salience alone and decorates nothing.
         recipe: every choice of the method; None takes the defaults.
         retain_batches: samples of old tasks, whose answers by the base model are held on to with
-            weight ``recipe.retain_weight``.
+            weight ``recipe.retain_weight``. Where that is to be measured, ``labels`` (-100
+            elsewhere) or a ``token_mask`` say which tokens are an answer's; else all count.
         progress: called with (group, groups done, groups in all).
         processes: what ``join_processes`` yields, to do it together with others: every process
             gives the same models and recipe and its own share of the batches, which may be an empty
@@ -96,6 +98,9 @@ def tailor_model(
     recipe = resolve(recipe, Given(samples=new is not None, old_samples=old is not None), report)
     start = time.perf_counter()
     pairs = list(pair_parameters(base_model, tuned_model))
+    if recipe.retain_weight is None:
+        runs = [(base_model, run_in_memory), (tuned_model, run_in_memory)]
+        recipe = settle_retain_weight(recipe, runs, old or [], report, processes)
     patched = copy.deepcopy(base_model)
     models = (base_model, tuned_model, patched)
     with torch.no_grad():

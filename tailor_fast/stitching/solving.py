@@ -79,7 +79,7 @@ class LayerSolver:
         mask = support.finish()
         if sums is None or mask is None:
             return base, None
-        system = sums.finish(old, recipe.percdamp, recipe.retain_weight)
+        system = sums.finish(old, recipe.percdamp, recipe.settled_retain_weight)
         del sums
         rows, cols = mask.shape
         tiles = system.tiles(rows_at_once(cols, mask.device.type), recipe)

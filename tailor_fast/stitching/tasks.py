@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from tailor_fast.ops.codec import EncodedPatch, apply_patch_
 from tailor_fast.patchfile import Patch, WrongStateError
 from tailor_fast.patching.inputs import with_refits
 from tailor_fast.patching.layers import LayerPair
-from tailor_fast.patching.recipe import Recipe
+from tailor_fast.patching.recipe import DEFAULT_RETAIN, Recipe
 from tailor_fast.patching.report import Report
 from tailor_fast.patching.sources import LayerOnDisk, Sources, check_owner, open_sources
 from tailor_fast.patching.streamed import read_pair
@@ -256,4 +257,7 @@ def settled(recipe: Recipe, support: Support, report: Report, *, retains: bool) 
             " expected 'tensor', or no refits"
         )
     recipe = with_refits(recipe, report, old=retains and recipe.scope == "tensor")
-    return recipe.model_copy(update={"propagate": "none"})
+    changes: dict[str, Any] = {"propagate": "none"}
+    if recipe.retain_weight is None:
+        changes["retain_weight"] = DEFAULT_RETAIN
+    return recipe.model_copy(update=changes)

@@ -1,0 +1,191 @@
+"""What fine-tuning changed of the base model's answers on old tasks, and the weight it calls for.
+
+One retention weight is not right for all fine-tunes: where little is forgotten it costs the new
+task, where much is, it does not hold. What a model forgot shows in what it would say: of the tokens
+of the answers, each after the true ones before it, the share whose most likely token is another one
+in the two models. The end of an answer does not count, which hardly any fine-tuning moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import nn
+
+from tailor_fast._core.processes import Processes
+from tailor_fast.calibration.groups import discover
+from tailor_fast.calibration.lockstep import Batch, Lockstep, Site, Stream, run_all
+from tailor_fast.calibration.spill import ActivationSpill
+from tailor_fast.calibration.streamed import StreamedModel
+from tailor_fast.models import caller
+from tailor_fast.models.calling import inputs_of
+from tailor_fast.models.residency import output_head
+from tailor_fast.models.tokens import TOKEN_MASK
+from tailor_fast.patching.recipe import DEFAULT_RETAIN, MEASURED_RETAIN, Recipe
+from tailor_fast.patching.report import Report
+
+_ROWS = 256  # of which logits exist at a time
+_NO_LABEL = -100
+Run = Callable[[Stream], None]
+
+
+class _UnknownError(Exception):
+    """What a model would say cannot be asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """How many of the asked tokens the fine-tuned model would say otherwise."""
+
+    changed: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        """Of all, 0 to 1."""
+        return self.changed / self.asked
+
+
+def settle_retain_weight(
+    recipe: Recipe,
+    models: Sequence[tuple[nn.Module, Run]],
+    batches: Sequence[Batch],
+    report: Report,
+    processes: Processes,
+) -> Recipe:
+    """Give an open ``retain_weight`` its value, and say in the report how it was found.
+
+    Args:
+        recipe: as resolved.
+        models: base and tuned, each with how it is run on a stream of batches.
+        batches: samples of old tasks; in several processes, this one's share.
+        report: told.
+        processes: all of them settle on the same value.
+    """
+    try:
+        words = [_words(model, batches, run) for model, run in models]
+        pairs = list(zip(*words, strict=True))
+        found = Forgotten(sum(int((a != b).sum()) for a, b in pairs), sum(len(a) for a, _ in pairs))
+        why = ""
+    except _UnknownError as unknown:
+        found, why = Forgotten(0, 0), str(unknown)
+    counts = processes.gather_json([found.changed, found.asked, why])
+    found = Forgotten(sum(count[0] for count in counts), sum(count[1] for count in counts))
+    why = next((count[2] for count in counts if count[2]), "")
+    if why or not found.asked:
+        report.notes.append(
+            f"retain_weight {DEFAULT_RETAIN:g}: not measured, {why or 'no answer token is known'}"
+        )
+        return recipe.model_copy(update={"retain_weight": DEFAULT_RETAIN})
+    weight = MEASURED_RETAIN * found.share
+    report.notes.append(
+        f"retain_weight {weight:.3g}: on old tasks, the tuned model would say"
+        f" {100 * found.share:.1f}% of {found.asked} answer tokens otherwise than the base model"
+    )
+    return recipe.model_copy(update={"retain_weight": weight})
+
+
+def run_in_memory(stream: Stream) -> None:
+    """Run every batch, one after the other."""
+    for _ in run_all(stream):
+        pass
+
+
+def run_by_blocks(streamed: StreamedModel, spill: ActivationSpill | None) -> Run:
+    """How a model on disk is run: all batches at the same block, which is read once."""
+
+    def run(stream: Stream) -> None:
+        if not stream.batches:
+            return
+        plain = Stream(stream.name, stream.model, stream.batches, caller(stream.model))
+        sites = discover(plain, (), streamed.residency.blocks).sites
+        streamed.residency.release()
+        with Lockstep([stream], sites, spill=spill) as lockstep:
+            for site in (*sites, Site(len(sites))):  # the last is never reached
+                lockstep.gather(site)
+        streamed.residency.release()
+
+    return run
+
+
+def _words(model: nn.Module, batches: Sequence[Batch], run: Run) -> list[torch.Tensor]:
+    """The most likely tokens of each batch's asked places, int64 ``[places]`` on the CPU."""
+    asked = _Asked(model)
+    with asked.at_head():
+        run(Stream("asked", model, batches, asked.call))
+    return [asked.words[id(batch)] for batch in batches]
+
+
+class _Asked:
+    """Calls a model on batches, and keeps what it would say at their asked places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        head = output_head(model)
+        if head is None:
+            raise _UnknownError(f"{type(model).__name__} has no output head")
+        self._head = head
+        text = model.config.get_text_config()  # type: ignore[operator,union-attr]  # has a head
+        self._two = bool(getattr(text, "is_encoder_decoder", False))
+        ends = getattr(text, "eos_token_id", None)
+        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+        self._places: dict[Any, torch.Tensor] = {}  # by the lane that runs
+        self._found: dict[Any, torch.Tensor] = {}
+        self.words: dict[int, torch.Tensor] = {}  # by the batch
+
+    def call(self, module: nn.Module, batch: Batch) -> None:
+        """Run one batch to its end."""
+        lane = getcurrent()
+        self._places[lane] = self._asked_places(batch)
+        module(**inputs_of(batch), use_cache=False)
+        self._places.pop(lane, None)
+        if lane not in self._found:
+            raise _UnknownError(f"{type(module).__name__} does not call its output head")
+        self.words[id(batch)] = self._found.pop(lane)
+
+    def _asked_places(self, batch: Batch) -> torch.Tensor:
+        """Bool ``[batch, length]``, where the next token belongs to an answer."""
+        prefix = "decoder_" if self._two else ""
+        if not isinstance(batch, Mapping) or f"{prefix}input_ids" not in batch:
+            raise _UnknownError(f"a batch has no {prefix}input_ids")
+        ids = batch[f"{prefix}input_ids"]
+        labels, mask = batch.get("labels"), batch.get(TOKEN_MASK)
+        if labels is not None and labels.shape == ids.shape and not self._two:
+            counted = labels != _NO_LABEL
+        elif mask is None or self._two:
+            mask = batch.get(f"{prefix}attention_mask")
+            counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        else:
+            counted = mask.bool()
+        for end in self._ends:
+            counted = counted & (ids != end)
+        return nn.functional.pad(counted[:, 1:], (0, 1))
+
+    @contextmanager
+    def at_head(self) -> Iterator[None]:
+        """Ask the output head for those places alone, few at a time."""
+
+        def ask(head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+            lane, hidden = getcurrent(), args[0]
+            places = self._places.pop(lane, None)
+            if places is None:
+                return None
+            if hidden.shape[:-1] != places.shape:
+                raise _UnknownError(
+                    f"the model answers at {list(hidden.shape[:-1])} places for"
+                    f" {list(places.shape)} tokens"
+                )
+            asked = hidden[places.to(hidden.device)]
+            found = [head.forward(rows).argmax(-1) for rows in asked.split(_ROWS)]
+            self._found[lane] = torch.cat(found).cpu()
+            return (hidden[:, :0],)
+
+        handle = self._head.register_forward_pre_hook(ask)
+        try:
+            yield
+        finally:
+            handle.remove()
