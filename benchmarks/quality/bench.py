@@ -15,7 +15,7 @@ from benchmarks.quality.evaluation import (
     changed_share,
     tuned_linears,
 )
-from benchmarks.quality.families import Inputs
+from benchmarks.quality.families import Family, Inputs
 from benchmarks.quality.memory import with_peak
 from benchmarks.quality.protocols import NEW_SAMPLES, OLD_SAMPLES_PER_TASK, Protocol
 from benchmarks.quality.scenes import Split
@@ -89,7 +89,7 @@ class Bench:
     @property
     def old_inputs(self) -> list[Inputs]:
         """Calibration batches of the old tasks."""
-        return [self.family.labelled(batch) for batch in self.old_batches]
+        return [labelled(self.family, batch) for batch in self.old_batches]
 
     def tailor(self, recipe: Recipe, *, retain: bool) -> State:
         """Return the state of the model that ``tailor_model`` makes."""
@@ -125,6 +125,14 @@ class Bench:
             seconds,
             peak,
         )
+
+
+def labelled(family: Family, batch: Batch) -> Inputs:
+    """A batch as the model takes it, with ``labels``: -100 but where the answer stands."""
+    inputs = family.inputs(batch)
+    labels = inputs["input_ids"].clone()
+    labels[:, : batch.input_ids.shape[1]] = -100
+    return {**inputs, "labels": labels}
 
 
 def _encoded(task: str, split: Split, count: int, seed: int) -> Batch:

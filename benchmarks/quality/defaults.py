@@ -24,7 +24,7 @@ from benchmarks.quality import (
     tinyllava,
 )
 from benchmarks.quality.baselines import State
-from benchmarks.quality.bench import Bench
+from benchmarks.quality.bench import Bench, labelled
 from benchmarks.quality.cells import (
     COLUMNS,
     Cell,
@@ -53,7 +53,7 @@ def code_version() -> str:
 def _tailored(found: Bench, choice: Choice, retain: bool, seed: int) -> State:
     def data(task: str) -> dict[str, torch.Tensor]:
         batch = tinyllava.encode([scenes.draw(task, "train", choice.samples, seed)])
-        return dict(found.family.labelled(batch))
+        return labelled(found.family, batch)
 
     old = [data(task) for task in found.old_tasks] if retain else None
     recipe = Recipe(density=DENSITY, **choice.changed)

@@ -43,13 +43,6 @@ class Family:
             **self.extra(batch.input_ids),
         }
 
-    def labelled(self, batch: Batch) -> Inputs:
-        """The same with ``labels``, -100 but where the answer stands."""
-        inputs = self.inputs(batch)
-        labels = inputs["input_ids"].clone()
-        labels[:, : batch.input_ids.shape[1]] = -100
-        return {**inputs, "labels": labels}
-
     def answer_logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits ``[n, answer tokens, words]``: each token after the true ones before it."""
         kept = batch.answer_ids.shape[1]

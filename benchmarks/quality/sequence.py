@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.quality import scenes, tinyllava, training
-from benchmarks.quality.bench import PROMPTS
+from benchmarks.quality.bench import PROMPTS, labelled
 from benchmarks.quality.evaluation import TEST_SEED
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.protocols import NEW_SAMPLES, OLD_SAMPLES_PER_TASK
@@ -60,7 +60,7 @@ def _repaired(before: Made, tuned: Made, task: str, known: Sequence[str], folder
     """Patch ``before`` towards ``tuned``, held to what it answers on the ``known`` tasks."""
 
     def data(name: str, count: int) -> dict[str, torch.Tensor]:
-        return FAMILY.labelled(tinyllava.encode([scenes.draw(name, "train", count, 0)]))
+        return labelled(FAMILY, tinyllava.encode([scenes.draw(name, "train", count, 0)]))
 
     done = tailor_model(
         FAMILY.load(before.folder),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -20,21 +20,23 @@ class _HeadReachedError(Exception):
     """Ends a forward pass where the output head begins."""
 
 
-def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
+def caller(model: nn.Module, *, with_head: bool = False) -> Callable[[nn.Module, Any], object]:
     """Return how to call ``model``, and others of its kind, on a batch.
 
     A batch is a mapping of keywords, a sequence of positions, or one tensor. A transformers model
-    is called without a cache of keys and values, and only up to its output head: nothing is
-    generated, and the logits of a whole batch are larger than everything else.
+    is called without a cache of keys and values, and only up to its output head, unless
+    ``with_head``: nothing is generated, and the logits of a whole batch are larger than everything
+    else.
     """
     accepts = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in accepts or _hands_on(model, accepts) else {}
 
     def call(module: nn.Module, batch: Any) -> object:
         try:
-            with _stopped_at_head(module):
+            with nullcontext() if with_head else _stopped_at_head(module):
                 if isinstance(batch, Mapping):
-                    return module(**{**extra, **inputs_of(batch)})
+                    inputs = {key: value for key, value in batch.items() if key not in _DROPPED}
+                    return module(**{**extra, **inputs})
                 if isinstance(batch, Sequence):
                     return module(*batch, **extra)
                 return module(batch, **extra)
@@ -42,11 +44,6 @@ def caller(model: nn.Module) -> Callable[[nn.Module, Any], object]:
             return None
 
     return call
-
-
-def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that a forward pass takes."""
-    return {key: value for key, value in batch.items() if key not in _DROPPED}
 
 
 def _hands_on(model: nn.Module, accepts: Mapping[str, inspect.Parameter]) -> bool:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from greenlet import getcurrent
 from torch import nn
@@ -23,7 +25,6 @@ from tailor_fast.calibration.lockstep import Batch, Lockstep, Site, Stream, run_
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.streamed import StreamedModel
 from tailor_fast.models import caller
-from tailor_fast.models.calling import inputs_of
 from tailor_fast.models.residency import output_head
 from tailor_fast.models.tokens import TOKEN_MASK
 from tailor_fast.patching.recipe import DEFAULT_RETAIN, MEASURED_RETAIN, Recipe
@@ -32,6 +33,7 @@ from tailor_fast.patching.report import Report
 _ROWS = 256  # of which logits exist at a time
 _NO_LABEL = -100
 Run = Callable[[Stream], None]
+Words = npt.NDArray[np.int64]
 
 
 class _UnknownError(Exception):
@@ -113,8 +115,8 @@ def run_by_blocks(streamed: StreamedModel, spill: ActivationSpill | None) -> Run
     return run
 
 
-def _words(model: nn.Module, batches: Sequence[Batch], run: Run) -> list[torch.Tensor]:
-    """The most likely tokens of each batch's asked places, int64 ``[places]`` on the CPU."""
+def _words(model: nn.Module, batches: Sequence[Batch], run: Run) -> list[Words]:
+    """The most likely tokens of each batch's asked places, ``[places]``."""
     asked = _Asked(model)
     with asked.at_head():
         run(Stream("asked", model, batches, asked.call))
@@ -128,20 +130,21 @@ class _Asked:
         head = output_head(model)
         if head is None:
             raise _UnknownError(f"{type(model).__name__} has no output head")
-        self._head = head
-        text = model.config.get_text_config()  # type: ignore[operator,union-attr]  # has a head
+        self._head, self._run = head, caller(model, with_head=True)
+        get_text: Any = getattr(getattr(model, "config", None), "get_text_config", None)
+        text = get_text() if callable(get_text) else None
         self._two = bool(getattr(text, "is_encoder_decoder", False))
         ends = getattr(text, "eos_token_id", None)
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
         self._places: dict[Any, torch.Tensor] = {}  # by the lane that runs
-        self._found: dict[Any, torch.Tensor] = {}
-        self.words: dict[int, torch.Tensor] = {}  # by the batch
+        self._found: dict[Any, Words] = {}
+        self.words: dict[int, Words] = {}  # by the batch
 
     def call(self, module: nn.Module, batch: Batch) -> None:
         """Run one batch to its end."""
         lane = getcurrent()
         self._places[lane] = self._asked_places(batch)
-        module(**inputs_of(batch), use_cache=False)
+        self._run(module, batch)
         self._places.pop(lane, None)
         if lane not in self._found:
             raise _UnknownError(f"{type(module).__name__} does not call its output head")
@@ -181,7 +184,8 @@ class _Asked:
                 )
             asked = hidden[places.to(hidden.device)]
             found = [head.forward(rows).argmax(-1) for rows in asked.split(_ROWS)]
-            self._found[lane] = torch.cat(found).cpu()
+            # No tensor: those that outlive their lane may be spilled with it.
+            self._found[lane] = torch.cat(found).cpu().numpy().copy()
             return (hidden[:, :0],)
 
         handle = self._head.register_forward_pre_hook(ask)
