@@ -52,7 +52,8 @@
   } }                           \
   TAILOR_FAST_TARGET_END
 
-#define TAILOR_FAST_INLINE static inline __attribute__((always_inline))
+#define TAILOR_FAST_METHOD inline __attribute__((always_inline))
+#define TAILOR_FAST_INLINE static TAILOR_FAST_METHOD
 
 TAILOR_FAST_KERNELS_BEGIN
 
@@ -105,6 +106,16 @@ TAILOR_FAST_INLINE Doubles widen(HalfFloats floats) {
       _mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(floats)));
 #else
   return __builtin_convertvector(floats, Doubles);
+#endif
+}
+
+// Unsigned 16 bits to 32.
+TAILOR_FAST_INLINE Words widen(HalfWords halves) {
+#if defined(TAILOR_FAST_AVX512)  // as above
+  return reinterpret_cast<Words>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
 #endif
 }
 

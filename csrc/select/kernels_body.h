@@ -12,13 +12,15 @@ struct Bits {
 
 constexpr int64_t kGroup = 64;  // scores, and bytes of a mask: a cache line
 
-// "Above" is "not at most", which a NaN as bound makes true.
+// `part(i)` gives vector i of a group of scores. "Above" is "not at most", which a NaN as bound
+// makes true.
 #if defined(TAILOR_FAST_AVX512)
-TAILOR_FAST_INLINE Bits compare(const float* x, Interval interval) {
+template <typename Part>
+TAILOR_FAST_INLINE Bits compare(const Part& part, Interval interval) {
   const __m512 low = _mm512_set1_ps(interval.low), high = _mm512_set1_ps(interval.high);
   __mmask16 above[4], reaches[4];
   for (int i = 0; i < 4; ++i) {
-    const __m512 y = _mm512_loadu_ps(x + 16 * i);
+    const auto y = reinterpret_cast<__m512>(part(i));
     above[i] = _mm512_cmp_ps_mask(y, high, _CMP_NLE_UQ);
     reaches[i] = _mm512_cmp_ps_mask(y, low, _CMP_GE_OQ);
   }
@@ -36,23 +38,13 @@ TAILOR_FAST_INLINE void spread(uint64_t ones, uint64_t twos, bool streamed, uint
     _mm512_storeu_si512(out, bytes);
   }
 }
-TAILOR_FAST_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
-                               int64_t held) {
-  const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  for (; places != 0; places >>= 8, x += 8, index += 8) {
-    const __mmask8 some = static_cast<__mmask8>(places);
-    const __m512i indices = _mm512_add_epi64(_mm512_set1_epi64(index), lanes);
-    _mm256_storeu_ps(found.scores + held, _mm256_maskz_compress_ps(some, _mm256_loadu_ps(x)));
-    _mm512_storeu_si512(found.indices + held, _mm512_maskz_compress_epi64(some, indices));
-    held += __builtin_popcount(some);
-  }
-}
 #elif defined(TAILOR_FAST_AVX2)
-TAILOR_FAST_INLINE Bits compare(const float* x, Interval interval) {
+template <typename Part>
+TAILOR_FAST_INLINE Bits compare(const Part& part, Interval interval) {
   const __m256 low = _mm256_set1_ps(interval.low), high = _mm256_set1_ps(interval.high);
   Bits bits{0, 0};
   for (int i = 0; i < 8; ++i) {
-    const __m256 y = _mm256_loadu_ps(x + 8 * i);
+    const auto y = reinterpret_cast<__m256>(part(i));
     const uint64_t above = _mm256_movemask_ps(_mm256_cmp_ps(y, high, _CMP_NLE_UQ));
     const uint64_t reaches = _mm256_movemask_ps(_mm256_cmp_ps(y, low, _CMP_GE_OQ));
     bits.above |= above << (8 * i);
@@ -89,7 +81,10 @@ TAILOR_FAST_INLINE uint64_t pack(const uint8_t* flags) {
   }
   return bits;
 }
-TAILOR_FAST_INLINE Bits compare(const float* x, Interval interval) {
+template <typename Part>
+TAILOR_FAST_INLINE Bits compare(const Part& part, Interval interval) {
+  float x[kGroup];
+  for (int i = 0; i < kGroup / kLanes; ++i) store_vector(x + i * kLanes, part(i));
   uint8_t above[kGroup], reaches[kGroup];
   for (int i = 0; i < kGroup; ++i) above[i] = !(x[i] <= interval.high);
   for (int i = 0; i < kGroup; ++i) reaches[i] = x[i] >= interval.low;
@@ -100,62 +95,79 @@ TAILOR_FAST_INLINE void spread(uint64_t ones, uint64_t twos, bool, uint8_t* out)
   for (int i = 0; i < kGroup; ++i) out[i] = (ones >> i & 1) | (twos >> i & 1) << 1;
 }
 #endif
-#if !defined(TAILOR_FAST_AVX512)
-TAILOR_FAST_INLINE void append(uint64_t places, const float* x, int64_t index, const Found& found,
-                               int64_t held) {
-  for (; places != 0; places &= places - 1, ++held) {
-    const int place = __builtin_ctzll(places);
-    found.scores[held] = x[place];
-    found.indices[held] = index + place;
-  }
-}
-#endif
-
 template <bool kMarks>
-TAILOR_FAST_INLINE void take(Bits bits, const float* scores, Inside inside, int64_t index,
-                             Marks marks, Found& found) {
+TAILOR_FAST_INLINE void take(Bits bits, Inside inside, Marks marks, Found& found) {
   if (kMarks) {
     spread(bits.above, inside == Inside::kMark ? bits.inside : 0, marks.streamed, marks.bytes);
   }
-  if (inside == Inside::kCollect) append(bits.inside, scores, index, found, found.inside);
   found.above += __builtin_popcountll(bits.above);
   found.inside += __builtin_popcountll(bits.inside);
 }
 
-// `scores(i, some, room)` gives where the scores of a group are, for which it has room.
-template <bool kMarks, typename Scores>
-TAILOR_FAST_INLINE void classify_as(const Scores& scores, int64_t count, Interval interval,
-                                    Inside inside, int64_t index, Marks marks, Found& result) {
+// `part(i)` gives the vector of scores from i on, `score(i)` one of them, `fetch(i)` asks for a
+// group that comes soon. Groups with scores inside wait for the end of a segment to be collected:
+// whether a group has one is a matter of chance, which a branch would lose time on.
+template <bool kMarks, typename Part, typename Score, typename Fetch>
+TAILOR_FAST_INLINE void classify_as(const Part& part, const Score& score, const Fetch& fetch,
+                                    int64_t count, Interval interval, Inside inside, int64_t index,
+                                    Marks marks, Found& result) {
   Found found = result;  // in registers: `marks` may alias what a reference names
   marks.streamed = marks.streamed && reinterpret_cast<uintptr_t>(marks.bytes) % kGroup == 0;
-  alignas(64) float room[kGroup];
-  int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup) {
-    const float* x = scores(i, kGroup, room);
-    take<kMarks>(compare(x, interval), x, inside, index + i, marks, found);
-    if (kMarks) marks.bytes += kGroup;
-  }
-  if (i < count) {
-    float rest[kGroup] = {};
-    uint8_t flags[kGroup];
-    const float* x = scores(i, count - i, room);
-    __builtin_memcpy(rest, x, (count - i) * sizeof(float));
-    const Bits bits = compare(rest, interval);
-    const uint64_t used = (uint64_t{1} << (count - i)) - 1;
-    take<kMarks>({bits.above & used, bits.inside & used}, rest, inside, index + i, {flags, false},
-                 found);
-    if (kMarks) __builtin_memcpy(marks.bytes, flags, count - i);
+  struct Waiting {
+    uint64_t inside;
+    int64_t first;
+  } queue[kSegment / kGroup];
+  for (int64_t start = 0; start < count; start += kSegment) {
+    const int64_t end = count - start < kSegment ? count : start + kSegment;
+    int64_t held = found.inside, waiting = 0;
+    const auto wait = [&](uint64_t some, int64_t first) __attribute__((always_inline)) {
+      queue[waiting] = {some, first};
+      waiting += some != 0;
+    };
+    int64_t i = start;
+    for (; i + kGroup <= end; i += kGroup) {
+      fetch(i);
+      const auto of_group = [&](int j) __attribute__((always_inline)) {
+        return part(i + j * kLanes);
+      };
+      const Bits bits = compare(of_group, interval);
+      take<kMarks>(bits, inside, marks, found);
+      wait(bits.inside, i);
+      if (kMarks) marks.bytes += kGroup;
+    }
+    if (i < end) {
+      float rest[kGroup] = {};
+      uint8_t flags[kGroup];
+      for (int64_t j = i; j < end; ++j) rest[j - i] = score(j);
+      const auto of_rest = [&](int j) { return load_vector<Floats>(rest + j * kLanes); };
+      const Bits all = compare(of_rest, interval);
+      const uint64_t used = (uint64_t{1} << (end - i)) - 1;
+      const Bits bits = {all.above & used, all.inside & used};
+      take<kMarks>(bits, inside, {flags, false}, found);
+      wait(bits.inside, i);
+      if (kMarks) __builtin_memcpy(marks.bytes, flags, end - i);
+    }
+    if (inside != Inside::kCollect) continue;
+    for (int64_t w = 0; w < waiting; ++w) {
+      for (uint64_t left = queue[w].inside; left != 0; left &= left - 1, ++held) {
+        const int64_t place = queue[w].first + __builtin_ctzll(left);
+        found.scores[held] = score(place);
+        found.indices[held] = index + place;
+      }
+    }
   }
   result = found;
 }
 
 void classify(const float* scores, int64_t count, Interval interval, Inside inside, int64_t index,
               Marks marks, Found& found) {
-  const auto held = [=](int64_t i, int64_t, float*) { return scores + i; };
+  const auto part = [=](int64_t i) { return load_vector<Floats>(scores + i); };
+  const auto score = [=](int64_t i) { return scores[i]; };
+  const auto fetch = [](int64_t) {};
   if (marks.bytes != nullptr) {
-    classify_as<true>(held, count, interval, inside, index, marks, found);
+    classify_as<true>(part, score, fetch, count, interval, inside, index, marks, found);
   } else {
-    classify_as<false>(held, count, interval, inside, index, marks, found);
+    classify_as<false>(part, score, fetch, count, interval, inside, index, marks, found);
   }
 }
 
@@ -163,15 +175,19 @@ template <typename Number, Terms kTerms>
 int32_t classify_terms_of(const void* base, const void* tuned, const void* column_weight,
                           int64_t count, Interval interval, Inside inside, int64_t index,
                           Marks marks, Found& found) {
-  int32_t worst = 0;
-  const auto computed = [&](int64_t i, int64_t some, float* out) __attribute__((always_inline)) {
-    constexpr bool kSalience = has_salience(kTerms);
-    worst = add_terms<Number, kTerms>(base, tuned, column_weight, i, some, worst,
-                                      kSalience ? out : nullptr, kSalience ? nullptr : out);
-    return static_cast<const float*>(out);
+  Largest seen;
+  const auto term = [&](int64_t i, auto lane) __attribute__((always_inline)) {
+    auto s = lane, v = lane;
+    find_terms<Number, kTerms>(base, tuned, column_weight, i, seen, s, v);
+    return has_salience(kTerms) ? s : v;
   };
-  classify_as<true>(computed, count, interval, inside, index, marks, found);
-  return worst;
+  const auto part = [&](int64_t i) __attribute__((always_inline)) { return term(i, Floats{}); };
+  const auto score = [&](int64_t i) __attribute__((always_inline)) { return term(i, 0.0f); };
+  const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+    fetch_ahead<Number, kGroup>(base, tuned, i);
+  };
+  classify_as<true>(part, score, fetch, count, interval, inside, index, marks, found);
+  return seen.bits();
 }
 
 void keys(const float* scores, int64_t count, int32_t* __restrict out) {

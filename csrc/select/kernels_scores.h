@@ -24,73 +24,140 @@ TAILOR_FAST_INLINE int32_t as_bits(float value) {
   return bits;
 }
 
-template <typename T>
+// A word of an array, or a vector of them from `index` on.
+template <typename T, typename Word = T>
 TAILOR_FAST_INLINE T word(const void* array, int64_t index) {
-  T value;
-  __builtin_memcpy(&value, static_cast<const char*>(array) + index * int64_t{sizeof(T)}, sizeof(T));
-  return value;
+  return load_vector<T>(static_cast<const char*>(array) + index * int64_t{sizeof(Word)});
 }
 
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+
+// Reads one weight, or a vector of them, as float32.
 struct Float32 {
   using Word = float;
-  TAILOR_FAST_INLINE float load(const void* array, int64_t i) { return word<float>(array, i); }
+  TAILOR_FAST_INLINE void read(const void* array, int64_t i, float& x) {
+    x = word<float>(array, i);
+  }
+  TAILOR_FAST_INLINE void read(const void* array, int64_t i, Floats& x) {
+    x = word<Floats, Word>(array, i);
+  }
 };
 
 struct Bfloat16 {
   using Word = uint16_t;
-  TAILOR_FAST_INLINE float load(const void* array, int64_t i) {
-    return as_float(uint32_t{word<uint16_t>(array, i)} << 16);
+  TAILOR_FAST_INLINE void read(const void* array, int64_t i, float& x) {
+    x = as_float(uint32_t{word<Word>(array, i)} << 16);
+  }
+  TAILOR_FAST_INLINE void read(const void* array, int64_t i, Floats& x) {
+    const auto halves = word<HalfWords, Word>(array, i);
+    x = reinterpret_cast<Floats>(widen(halves) << 16);
   }
 };
 
 struct Float16 {
   using Word = uint16_t;
-  // The exponent is rebiased by a product that is exact, for subnormals too. Without branches, so
-  // that it vectorises where there is no instruction for it.
-  TAILOR_FAST_INLINE float load(const void* array, int64_t i) {
-    const uint32_t half = word<uint16_t>(array, i);
-    const uint32_t shifted = (half & 0x7fff) << 13;
-    uint32_t bits = static_cast<uint32_t>(as_bits(as_float(shifted) * 0x1p112f));
-    bits |= shifted >= 0x0f800000 ? uint32_t{0x7f800000} : 0;  // infinity and NaN
-    return as_float(bits | (half & 0x8000) << 16);
+  // One alone is the first of a vector of zeros.
+  TAILOR_FAST_INLINE void read(const void* array, int64_t i, float& x) {
+    HalfWords halves = {};
+    halves[0] = word<Word>(array, i);
+    x = half_to_float(halves)[0];
+  }
+  TAILOR_FAST_INLINE void read(const void* array, int64_t i, Floats& x) {
+    x = half_to_float(word<HalfWords, Word>(array, i));
   }
 };
 
+TAILOR_FAST_INLINE float absolute(float value) { return __builtin_fabsf(value); }
+TAILOR_FAST_INLINE Floats absolute(Floats value) {
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) & 0x7fffffffu);
+}
 TAILOR_FAST_INLINE int32_t magnitude(float value) { return as_bits(value) & 0x7fffffff; }
+TAILOR_FAST_INLINE Ints magnitude(Floats value) {
+  return reinterpret_cast<Ints>(absolute(value));
+}
 TAILOR_FAST_INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+TAILOR_FAST_INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
-// Terms of `count` elements; returns the largest magnitude among them and `worst`, as bits.
-template <typename Number, Terms kTerms>
-TAILOR_FAST_INLINE int32_t add_terms(const void* base, const void* tuned,
-                                     const void* column_weight, int64_t first, int64_t count,
-                                     int32_t worst, float* __restrict s, float* __restrict v) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float t = Number::load(tuned, first + i);
-    if constexpr (kTerms == Terms::kScores) {
-      s[i] = t;
-      worst = larger(worst, magnitude(t));
-    } else {
-      const float d = t - Number::load(base, first + i);
-      const float salience = __builtin_fabsf(d);
-      worst = larger(worst, as_bits(salience));
-      if constexpr (has_salience(kTerms)) s[i] = salience;
-      if constexpr (has_sensitivity(kTerms)) {
-        constexpr bool kSquares = kTerms == Terms::kBothSquare || kTerms == Terms::kSquare;
-        constexpr bool kWeights = kTerms == Terms::kBothWeight || kTerms == Terms::kWeight;
-        const float c = word<float>(column_weight, first + i);
-        const float x = (kSquares ? d * d : kWeights ? t * t : salience) * c;
-        worst = larger(worst, magnitude(x));
-        v[i] = x;
-      }
+// The largest magnitude of what it has seen, as bits. By lanes until it is asked for: a reduction of
+// each short stretch would take as long as its scores.
+class Largest {
+ public:
+  TAILOR_FAST_METHOD void see(float value) { one_ = larger(one_, magnitude(value)); }
+  TAILOR_FAST_METHOD void see(Floats value) { lanes_ = larger(lanes_, magnitude(value)); }
+  TAILOR_FAST_METHOD int32_t bits() const {
+    int32_t all = one_;
+    for (int64_t i = 0; i < kLanes; ++i) all = larger(all, lanes_[i]);
+    return all;
+  }
+
+ private:
+  Ints lanes_ = {};
+  int32_t one_ = 0;
+};
+
+// In the place of `Largest` where sums show what is not finite.
+struct Unseen {
+  template <typename V>
+  TAILOR_FAST_METHOD void see(V) {}
+};
+
+template <bool kFirst, typename A, typename B>
+struct Choice {
+  using Type = A;
+};
+template <typename A, typename B>
+struct Choice<false, A, B> {
+  using Type = B;
+};
+
+// s and v of one element, or of a vector of them from `i` on.
+template <typename Number, Terms kTerms, typename Seen, typename V>
+TAILOR_FAST_INLINE void find_terms(const void* base, const void* tuned, const void* column_weight,
+                                   int64_t i, Seen& seen, V& s, V& v) {
+  V t;
+  Number::read(tuned, i, t);
+  if constexpr (kTerms == Terms::kScores) {
+    s = t;
+    seen.see(s);
+  } else {
+    V b;
+    Number::read(base, i, b);
+    const V d = t - b;
+    s = absolute(d);
+    seen.see(s);
+    if constexpr (has_sensitivity(kTerms)) {
+      constexpr bool kSquares = kTerms == Terms::kBothSquare || kTerms == Terms::kSquare;
+      constexpr bool kWeights = kTerms == Terms::kBothWeight || kTerms == Terms::kWeight;
+      V c;
+      Float32::read(column_weight, i, c);
+      v = (kSquares ? d * d : kWeights ? t * t : s) * c;
+      seen.see(v);
     }
   }
-  return worst;
 }
 
+// Terms of `count` elements from `first` on.
+template <typename Number, Terms kTerms, typename Seen>
+TAILOR_FAST_INLINE void add_terms(const void* base, const void* tuned, const void* column_weight,
+                                  int64_t first, int64_t count, Seen& seen, float* s, float* v) {
+  const auto add = [&](int64_t i, auto lane) __attribute__((always_inline)) {
+    auto of_s = lane, of_v = lane;
+    find_terms<Number, kTerms>(base, tuned, column_weight, first + i, seen, of_s, of_v);
+    if constexpr (has_salience(kTerms)) __builtin_memcpy(s + i, &of_s, sizeof(of_s));
+    if constexpr (has_sensitivity(kTerms)) __builtin_memcpy(v + i, &of_v, sizeof(of_v));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) add(i, Floats{});
+  for (; i < count; ++i) add(i, 0.0f);
+}
+
+// Returns the largest magnitude among the terms, as bits.
 template <typename Number, Terms kTerms>
 int32_t terms_of(const void* base, const void* tuned, const void* column_weight, int64_t count,
                  float* s, float* v) {
-  return add_terms<Number, kTerms>(base, tuned, column_weight, 0, count, 0, s, v);
+  Largest seen;
+  add_terms<Number, kTerms>(base, tuned, column_weight, 0, count, seen, s, v);
+  return seen.bits();
 }
 
 // One vector of float64 differences from a pivot.
@@ -199,13 +266,22 @@ TAILOR_FAST_INLINE void measure(const BlockSums& blocks, double weight, Moments&
   }
 }
 
-// A block of weights that come soon: while sums are made the hardware loses the streams.
-template <typename Number>
+// Whether every block has finite sums.
+TAILOR_FAST_INLINE bool is_finite(const BlockSums& blocks) {
+  bool finite = true;
+  for (int b = 0; b < kBlocks; ++b) finite &= blocks.two[b] < __builtin_inf();
+  return finite;
+}
+
+// `count` weights that come soon. The hardware follows the streams too closely: a core keeps enough
+// lines on their way only if they are asked for a page ahead, while it computes.
+template <typename Number, int64_t count>
 TAILOR_FAST_INLINE void fetch_ahead(const void* base, const void* tuned, int64_t i) {
-  constexpr int64_t kAhead = 2048, kLine = 64, kWidth = sizeof(typename Number::Word);
-  for (int64_t j = i * kWidth + kAhead; j < (i + kBlock) * kWidth + kAhead; j += kLine) {
-    __builtin_prefetch(static_cast<const char*>(base) + j, 0, 2);
-    __builtin_prefetch(static_cast<const char*>(tuned) + j, 0, 2);
+  constexpr int64_t kAhead = 4096, kLine = 64, kWidth = sizeof(typename Number::Word);
+  const char* some[] = {static_cast<const char*>(base) + i * kWidth + kAhead,
+                        static_cast<const char*>(tuned) + i * kWidth + kAhead};
+  for (int64_t line = 0; line < count * kWidth; line += kLine) {
+    for (const char* from : some) __builtin_prefetch(from + line);
   }
 }
 
@@ -214,16 +290,18 @@ TAILOR_FAST_INLINE void fetch_ahead(const void* base, const void* tuned, int64_t
 template <typename Number, Terms kTerms>
 int32_t block_scores_of(const void* base, const void* tuned, const void* column_weight,
                         int64_t count, const double* weights, float* s, float* v, float* out) {
+  // A sum of squares is finite only if every term is, so s is seen by its sums.
+  constexpr bool kSummed = has_salience(kTerms);
+  typename Choice<kSummed, Unseen, Largest>::Type seen;
   BlockSums of_s, of_v;
   Moments first, second;
-  int32_t worst = 0;
   for (int64_t b = 0, i = 0; i < count; ++b, i += kBlock) {
-    fetch_ahead<Number>(base, tuned, i);
+    fetch_ahead<Number, kBlock>(base, tuned, i);
     const int64_t some = count - i < kBlock ? count - i : kBlock;
     const auto add = [&](int64_t n) __attribute__((always_inline)) {
-      return add_terms<Number, kTerms>(base, tuned, column_weight, i, n, worst, s + i, v + i);
+      add_terms<Number, kTerms>(base, tuned, column_weight, i, n, seen, s + i, v + i);
     };
-    worst = some == kBlock ? add(kBlock) : add(some);  // one of them has a constant length
+    some == kBlock ? add(kBlock) : add(some);  // one of them has a constant length
     if constexpr (has_salience(kTerms)) set_block(of_s, b, s + i, some);
     if constexpr (has_sensitivity(kTerms)) set_block(of_v, b, v + i, some);
   }
@@ -240,7 +318,12 @@ int32_t block_scores_of(const void* base, const void* tuned, const void* column_
       shift_scale(x + i, nullptr, some, only.mean[b], only.factor[b], 0, 0, out + i);
     }
   }
-  return worst;
+  if constexpr (kSummed) {
+    if (is_finite(of_s) && is_finite(of_v)) return 0;
+    return terms_of<Number, kTerms>(base, tuned, column_weight, count, s, v);
+  } else {
+    return seen.bits();
+  }
 }
 
 }  // namespace

@@ -212,6 +212,8 @@ class Streamed {
       const int64_t end = tasks_[i].first_candidate + tasks_[i].inside;
       uint8_t nowhere;
       for (int64_t j = tasks_[i].first_candidate; j < end; ++j) {
+        constexpr int64_t kAhead = 16;  // marks were streamed: each is a miss of the caches
+        if (j + kAhead < end) __builtin_prefetch(mask_ + indices_[j + kAhead], 1);
         const bool tie = scores_[j] == threshold && shares[i] > 0;
         shares[i] -= tie;
         // A store without a branch: which way it would go is a matter of chance.
