@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_class, cpu_decorate, cpu_gram
+from benchmarks import cpu_class, cpu_codec, cpu_decorate, cpu_gram
 from benchmarks.results import Figure
 from tests.backends import needs_native
 
@@ -35,7 +35,7 @@ def test_decorate(tmp_path: Path) -> None:
     cpu_decorate.main(["--size", "160", "--rounds", "1", "--out", str(path)])
     table = rows(path)
     check(table)
-    works = ["authors", "official", "obs", "exact", "exact skewed"]
+    works = ["authors", "official", "obs", "exact", "exact skewed", "exact loss"]
     assert [row["work"] for row in table] == works
     seconds = {row["work"]: float(row["seconds"]) for row in table}
     ratio = {row["work"]: float(row["ratio"]) for row in table}
@@ -43,7 +43,31 @@ def test_decorate(tmp_path: Path) -> None:
     assert ratio["exact skewed"] == pytest.approx(
         seconds["exact"] / seconds["exact skewed"], rel=2e-3
     )
-    assert [row["floor"] for row in table] == ["nan", "6", "8", "5", "0.5"]
+    assert ratio["exact loss"] > 1  # the minimum's loss is the smaller one
+    assert [row["floor"] for row in table] == ["nan", "6", "8", "5", "0.5", "1.667"]
+
+
+def test_codec(tmp_path: Path) -> None:
+    path, threads = tmp_path / "codec.csv", torch.get_num_threads()
+    cpu_codec.main(["--size", "70000", "--rounds", "1", "--out", str(path)])
+    assert torch.get_num_threads() == threads
+    with path.open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    check(table)
+    assert [row["work"] for row in table] == ["copy", "encode", "apply"] * 3
+    assert [row["bar"] for row in table] == ["nan", "nan", "3"] * 3
+    assert {row["threads"] for row in table} == {"1"}
+    for row in table:
+        rate = 2 * 70000 / float(row["seconds"]) / 1e9
+        assert float(row["gb_per_s"]) == pytest.approx(rate, rel=2e-3)
+
+
+def test_codec_refuses_a_patch_that_is_not_exact(monkeypatch) -> None:
+    from benchmarks import bench_codec
+
+    monkeypatch.setattr(bench_codec, "apply_patch_", lambda target, patch, *, backend: target)
+    with pytest.raises(AssertionError, match="native: not exact"):
+        cpu_codec.measure(70000, 0.1, 1)
 
 
 def test_gram(tmp_path: Path) -> None:
