@@ -16,7 +16,7 @@ from typing import IO
 
 import torch
 
-from benchmarks.gpu import holding
+from benchmarks.gpu import holding, overlap
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.table import Row
 from benchmarks.results import ROOT
@@ -42,6 +42,9 @@ HELD: dict[str, tuple[Hold, list[holding.Shape], tuple[torch.dtype, ...]]] = {
     "decorate_obs": (holding.hold_obs, LAYERS, FLOATS),
     "decorate_official": (holding.hold_official, LAYERS, FLOATS),
     "encode and apply": (holding.hold_codec, FLAT, WORDS),
+    "panels": (overlap.hold_panels, MATRICES, FLOATS),
+    "outbox": (overlap.hold_outbox, PAIRS, FLOATS),
+    "own streams": (overlap.hold_threads, PAIRS, FLOATS),
 }
 SMALL = slice(1, 4)  # of the shapes: a dry run takes one for each dtype
 SANITIZED = slice(3, 4)
@@ -59,6 +62,9 @@ def run_part(run: Run, given: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         _hold_all(run, sanitized=given.sanitized)
+        if not given.sanitized:
+            row = Row("patch without data", "on the CPU and here", "bfloat16", "patch_checkpoint")
+            run.attempt(row, partial(_whole_job, run, row))
     finally:
         torch.use_deterministic_algorithms(False)
         for tool in tools:
@@ -84,6 +90,10 @@ def _held(
     hold: Hold, run: Run, shape: holding.Shape, dtype: torch.dtype, index: int, row: Row
 ) -> Iterator[Row]:
     yield replace(row, note=f"held; {hold(run, shape, dtype, index)}".rstrip("; "))
+
+
+def _whole_job(run: Run, row: Row) -> Iterator[Row]:
+    yield replace(row, note=overlap.hold_checkpoint(run))
 
 
 @dataclass

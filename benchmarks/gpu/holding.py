@@ -20,6 +20,7 @@ from tailor_fast.ops.decorate import (
     decorate_obs,
     decorate_obs_,
     decorate_official,
+    factor_obs,
 )
 from tailor_fast.ops.gram import accumulate_cross_gram_, accumulate_gram_, accumulate_gram_diag_
 from tailor_fast.ops.select import (
@@ -250,6 +251,9 @@ def hold_obs(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:
     patch = decorate_obs(*on_device, percdamp=PERCDAMP, backend=run.backend).patch.cpu()
     require(not bool(patch[~layer.mask].any()), "not zero outside the mask")
     assert_within(patch, wide, worst)
+    factor = factor_obs(on_device[2], percdamp=PERCDAMP, backend=run.backend)
+    again = decorate_obs(*on_device, factor=factor).patch.cpu()
+    require(torch.equal(again, patch), "another patch with the factor made apart")
     _hold_in_place(run, base, layer, dtype, exact=False)
     return ""
 

@@ -167,7 +167,9 @@ class ActivationSpill:
 
     def _transfer(self, storage: torch.UntypedStorage, offset: int, *, write: bool) -> None:
         words = _bytes(storage)
-        host = words if words.device.type == "cpu" else words.cpu()
+        host = words
+        if words.device.type != "cpu":
+            host = words.cpu() if write else torch.empty(words.shape, dtype=words.dtype)
         # Not through numpy, which would forbid ever resizing the storage.
         view = memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())).cast("B")
         done = 0

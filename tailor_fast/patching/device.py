@@ -21,14 +21,16 @@ from tailor_fast.patching.solving import SOLVED_AT_ONCE, rows_at_once
 
 _FP32 = 4
 # Bytes per weight, measured under ``_core.meter``: while a right-hand side is formed; in the exact
-# solve, its result included; in the ranking of a layer's scores; and for the other decorations.
+# solve, its result included, on a GPU with copies of nearly all rows for a second round beside the
+# 72 measured; in the ranking of a layer's scores; and for the other decorations.
 _FORM = 28
-_SOLVE = {"cpu": 32, "cuda": 124}
+_SOLVE = {"cpu": 32, "cuda": 96}
 _CHOOSE = {"cpu": 6, "cuda": 6}
 _PLAIN = 40
 _OBS = {"cpu": (28, 1), "cuda": (40, 2)}  # and how many matrices of the Gram's size
 _HALVES = {"cpu": 0, "cuda": 4}  # per element of the Gram: its float16 halves
 _PANEL = {"cpu": 0, "cuda": 2048 * 10}  # per column: a panel of the Gram in float64, turned
+_WAITING = {"cpu": 0, "cuda": 2 * 2048 * _FP32}  # per column: two panels of what waits elsewhere
 _LEAST_SOLVED = 1 << 18
 
 
@@ -197,7 +199,10 @@ def solve_bytes(walk: Walk, rows: int, cols: int, placement: Placement) -> int:
     solving = tile * _SOLVE[walk.device] + _HALVES[walk.device] * cols * cols
     solving += _PANEL[walk.device] * cols
     if not recipe.refits:
-        return before + size * walk.word + max(tile * _FORM, 2 * _FP32 * tile + solving)
+        forming = tile * _FORM
+        if walk.paired and placement.differences_on_host:
+            forming += _WAITING[walk.device] * cols
+        return before + size * walk.word + max(forming, 2 * _FP32 * tile + solving)
     before += 2 * _FP32 * size  # delta and right-hand side in all steps
     ranking = _FP32 * size + size  # scores, and the mask of the step before
     return before + max(

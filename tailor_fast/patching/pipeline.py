@@ -81,13 +81,22 @@ class Writer(Closing):
         self._worker = Worker("write")
         self._writes: deque[Future[None]] = deque()
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole tensor, contiguous on the CPU; one at a time waits for the disk."""
+    def put(
+        self, name: str, tensor: torch.Tensor, arrived: Callable[[], object] | None = None
+    ) -> None:
+        """Write a whole tensor, contiguous on the CPU; one at a time waits for the disk.
+
+        Args:
+            name: its name.
+            tensor: its words.
+            arrived: waits until they are there; called in the writer's thread.
+        """
         self.drain()
-        self.write(name, 0, byte_view(tensor, writable=False))
+        after = None if arrived is None else self._worker.submit(arrived)
+        self.write(name, 0, byte_view(tensor, writable=False), after)
 
     def write(
-        self, name: str, begin: int, data: memoryview, after: Future[None] | None = None
+        self, name: str, begin: int, data: memoryview, after: Future[Any] | None = None
     ) -> Future[None]:
         """Write ``data``, which must stay as it is until then.
 

@@ -30,6 +30,7 @@ class Ring:
 
     Attributes:
         size: bytes in all. Memory that was never taken costs nothing.
+        memory: all of them.
     """
 
     def __init__(self, size: int) -> None:
@@ -38,7 +39,7 @@ class Ring:
         memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = memoryview(memory)
+        self.memory = memoryview(memory)
         self._spans: deque[Span] = deque()
 
     def take(self, count: int) -> Span | None:
@@ -53,7 +54,7 @@ class Ring:
         begin = self._place(room)
         if begin is None:
             return None
-        span = Span(self._memory[begin : begin + count], begin, begin + room)
+        span = Span(self.memory[begin : begin + count], begin, begin + room)
         self._spans.append(span)
         return span
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,9 @@ from tailor_fast.patching.sources import Sources
 class Discard:
     """Stands for the writer in a process that does not write."""
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
+    def put(
+        self, name: str, tensor: torch.Tensor, arrived: Callable[[], object] | None = None
+    ) -> None:
         """Do nothing: process 0 has the same tensor."""
 
     def drain(self) -> None:

@@ -14,7 +14,13 @@ import torch
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.models import Target
-from tailor_fast.ops.decorate import Decorated, decorate_obs, decorate_official
+from tailor_fast.ops.decorate import (
+    Decorated,
+    ObsFactor,
+    decorate_obs,
+    decorate_official,
+    factor_obs,
+)
 from tailor_fast.patching.equations import Equations, Layer
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.masks import Masks
@@ -44,6 +50,7 @@ class GroupInputs:
     column_weight: torch.Tensor | None
     solved_at_once: int | None = None
     _made: dict[tuple[float, float], Equations] = field(default_factory=dict)
+    _factors: dict[float, ObsFactor] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def equations(self, recipe: Recipe) -> Equations | None:
@@ -58,6 +65,14 @@ class GroupInputs:
                 old = self.old if isinstance(self.old, Moments) else None
                 self._made[options] = Equations(self.new, old, *options, over_old=True)
             return self._made[options]
+
+    def factor(self, gram: torch.Tensor, percdamp: float) -> ObsFactor:
+        """What the sweeps over all rows share, made once; each would hold as much by itself."""
+        with self._lock:
+            if percdamp not in self._factors:
+                self._factors.clear()  # one is held
+                self._factors[percdamp] = factor_obs(gram, percdamp=percdamp)
+            return self._factors[percdamp]
 
 
 def solve_layer(
@@ -159,11 +174,13 @@ def keep_(base: torch.Tensor, tuned: torch.Tensor, mask: torch.Tensor) -> None:
 def _decorate(
     pair: LayerPair, mask: torch.Tensor, inputs: GroupInputs, recipe: Recipe
 ) -> tuple[torch.Tensor, Decorated | None]:
+    new, factor = inputs.new, None
+    if isinstance(new, Moments) and recipe.decorate != "none":
+        factor = inputs.factor(new.gram, recipe.percdamp)  # before the delta takes its memory
     delta = pair.tuned.float() - pair.base.float()
-    new = inputs.new
-    if not isinstance(new, Moments) or recipe.decorate == "none":
+    if factor is None or not isinstance(new, Moments):
         return torch.where(mask, delta, torch.zeros_like(delta)), None
-    result = decorate_obs(delta, mask, new.gram, percdamp=recipe.percdamp)
+    result = decorate_obs(delta, mask, new.gram, factor=factor)
     return result.patch, result
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tailor_fast._core.progress import Progress
+from tailor_fast._core.transfer import Outbox
 from tailor_fast.calibration.streamed import StreamedModel
 from tailor_fast.checkpoint import Hashed
 from tailor_fast.models import Target
@@ -40,6 +41,7 @@ class StreamedWeights:
     ledger: Ledger | SharedLedger
     patched: StreamedModel | None = None
     written: set[str] = field(default_factory=set)
+    _outbox: Outbox = field(default_factory=Outbox)
 
     def pair(self, target: Target) -> LayerPair:
         """Read the layer's tensors from both checkpoints."""
@@ -51,7 +53,7 @@ class StreamedWeights:
         row.tensor = layer.tensor
         self.ledger.rows[layer.tensor] = row
         stored = weight.T.contiguous() if target.transposed else weight
-        self.writer.put(layer.tensor, stored.cpu())
+        self.writer.put(layer.tensor, *self._outbox.send(stored))
         self.written.add(layer.tensor)
         self._set(target, stored)
 

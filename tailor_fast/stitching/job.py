@@ -16,6 +16,7 @@ import torch
 from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast._core.machine import check_device_memory, check_memory
 from tailor_fast._core.progress import Progress, Silent
+from tailor_fast._core.transfer import Outbox
 from tailor_fast.calibration import calibrate
 from tailor_fast.calibration.moments import Moments
 from tailor_fast.calibration.options import RunOptions
@@ -244,7 +245,7 @@ class _Job:
         report.note_equal(len(sources.layers) - len(layers), len(sources.layers))
         retained = None if old is None else partial(_moments_of, old)
         solver = LayerSolver(self.recipe, self.support, tasks, retained, device)
-        written, nbytes = set(), 0
+        written, nbytes, outbox = set(), 0, Outbox()
         self.progress.start(len(layers))
         for done, layer in enumerate(layers, 1):
             with report.timed("solve"):
@@ -253,7 +254,7 @@ class _Job:
             report.linears.append(row)
             if weight is not None:
                 stored = weight.T.contiguous() if layer.target.transposed else weight
-                writer.put(layer.tensor, stored.cpu())
+                writer.put(layer.tensor, *outbox.send(stored))
                 written.add(layer.tensor)
                 nbytes += sources.base.checkpoint.tensors[layer.tensor].nbytes
             self.progress.group(layer.target.name, done, len(layers), nbytes)

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tailor_fast._core import env
 from tailor_fast._core.errors import (
@@ -15,7 +16,7 @@ from tailor_fast._core.errors import (
     UsageError,
 )
 from tailor_fast._core.extension import load_extension
-from tailor_fast._core.library import NAMESPACE, register
+from tailor_fast._core.library import NAMESPACE, on_its_card, register
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), (None, False)])
@@ -81,3 +82,28 @@ def test_register_gives_an_op_with_a_fake() -> None:
     assert op(torch.zeros(2), "minus").tolist() == [-1, -1]
     assert op(torch.zeros(2, device="meta"), "plus").is_meta
     torch.library.opcheck(op.default, (torch.zeros(2), "plus"))
+
+
+def test_an_op_runs_on_the_card_of_its_tensors(monkeypatch) -> None:
+    """Kernels are launched on the current card: the first one in a thread that chose none."""
+    current = [0]
+
+    class Card:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Card)
+    launch = on_its_card(lambda *_: current[-1])
+    with FakeTensorMode():
+        one, three = (torch.empty(2, device=f"cuda:{card}") for card in (1, 3))
+    assert launch(one, three, "auto") == 1
+    assert launch(None, [three, one], 0.5) == 3
+    assert current == [0]
+    with pytest.raises(RuntimeError, match="an op without a tensor"):
+        launch([], 0.5)

@@ -18,13 +18,14 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import check, e2e, floors, holding, kernels, plan, readme
+from benchmarks.gpu import check, e2e, floors, holding, kernels, overlap, plan, readme
 from benchmarks.gpu import table as table_module
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.floors import Ceilings, Cost
 from benchmarks.gpu.plan import MODEL_7B, MODEL_DRY, Bar
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.table import COLUMNS, Row, Table, slug
+from tailor_fast._core.transfer import Outbox, panels
 from tests.source_tree import ROOT
 
 FACTS = ("commit", "date", "python", "torch", "triton", "cuda", "driver", "card")
@@ -68,6 +69,8 @@ def test_check(tmp_path: Path) -> None:
     held = [row for row in rows if row["provider"] == "triton"]
     assert len(held) == 3 * len(check.HELD)  # each dtype of each function
     assert all(row["note"].startswith("held") for row in held)
+    whole = [row for row in rows if row["provider"] == "patch_checkpoint"]
+    assert [row["note"] for row in whole] == ["1 files, byte for byte"]
     tools = {row["work"]: row["note"] for row in rows if not row["provider"]}
     assert "not run" in tools["compute-sanitizer"] or torch.cuda.is_available()
     assert "collected" in tools["pytest -m gpu"] or torch.cuda.is_available()
@@ -200,6 +203,27 @@ def test_every_wrong_result_is_seen(run: Run, monkeypatch) -> None:
             hold, shapes, dtypes = check.HELD[held]
             with pytest.raises((AssertionError, ValueError)):
                 hold(run, shapes[3], dtypes[1], 1)
+
+
+def test_copies_that_come_too_early_are_seen(run: Run, monkeypatch) -> None:
+    """Each check of an overlap fails where the words are not those that were there."""
+
+    def early_panels(matrix: torch.Tensor, *given: object) -> Iterator[tuple[slice, torch.Tensor]]:
+        for place, piece in panels(matrix, *given):
+            yield place, torch.zeros_like(piece)
+
+    class EarlyOutbox(Outbox):
+        def send(self, tensor: torch.Tensor) -> tuple[torch.Tensor, object]:
+            return torch.zeros_like(tensor), super().send(tensor)[1]
+
+    monkeypatch.setattr(overlap, "panels", early_panels)
+    monkeypatch.setattr(overlap, "Outbox", EarlyOutbox)
+    patched = overlap._patched
+    monkeypatch.setattr(overlap, "_patched", lambda *given: patched(*given) + (given[-1] != "auto"))
+    for name in ("panels", "outbox", "own streams"):
+        hold, shapes, dtypes = check.HELD[name]
+        with pytest.raises(AssertionError, match="not the words"):
+            hold(run, shapes[3], dtypes[1], 1)
 
 
 def test_tools_beside_the_cases(run: Run, tmp_path: Path) -> None:

@@ -149,6 +149,36 @@ def copy(
         writer.drain()
 
 
+def test_a_tensor_is_written_when_its_words_have_arrived(tmp_path: Path) -> None:
+    """The writer waits in its own thread; where they never arrive, the caller is told."""
+    wanted, threads = tensors(7), list[str]()
+    with opened(tmp_path, 16) as (_, staged, writer):
+        for name, tensor in wanted.items():
+            words = torch.zeros_like(tensor)
+
+            def arrive(words: torch.Tensor = words, tensor: torch.Tensor = tensor) -> None:
+                time.sleep(0.01)
+                words.copy_(tensor)
+                threads.append(threading.current_thread().name)
+
+            writer.put(name, words, arrive)
+        writer.drain()
+        staged.commit()
+    assert all(name.startswith("tailor-write") for name in threads)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_words_that_do_not_arrive_are_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("the device is lost")
+
+    with opened(tmp_path, 16) as (_, _, writer):
+        writer.put("t0", torch.zeros(3 * PAGE, dtype=torch.uint8), fail)
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            writer.drain()
+
+
 def test_an_input_that_ends_early_is_named_with_its_tensor(tmp_path: Path) -> None:
     path = tmp_path / "tuned.safetensors"
 

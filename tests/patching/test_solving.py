@@ -51,7 +51,7 @@ def solved(
     base = whole_numbers(ROWS, COLS, seed=1)
     biases = (whole_numbers(ROWS, seed=2), whole_numbers(ROWS, seed=3)) if biased else (None, None)
     pair = LayerPair(base, base + whole_numbers(ROWS, COLS, seed=4), *biases)
-    recipe = Recipe(density=0.3, salience_weight=1.0, refits=0)
+    recipe = Recipe(density=0.3, salience_weight=1.0, refits=0, retain_weight=1.0)
     old = moments(20, moved=moved) if retains else None
     inputs = GroupInputs(("layer",), moments(10, moved=moved), old, None)
     target = Target("layer", transposed=False)
@@ -81,3 +81,29 @@ def test_rows_at_a_time(
             for r in (told, row)
         )
         assert_within(ours, theirs, theirs.float())
+
+
+def test_layers_of_one_input_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ``obs``; each layer has the words and losses that it has alone."""
+    recipe = Recipe(density=0.3, salience_weight=1.0, decorate="obs", propagate="none")
+    names, shared = ("q", "k", "v"), moments(10, moved=False)
+    together, made = GroupInputs(names, shared, None, None), []
+    factor_obs = solving.factor_obs
+
+    def factored(gram: torch.Tensor, *, percdamp: float):
+        made.append(percdamp)
+        return factor_obs(gram, percdamp=percdamp)
+
+    monkeypatch.setattr(solving, "factor_obs", factored)
+    solved_by = []
+    for number, name in enumerate(names):
+        base = whole_numbers(ROWS, COLS, seed=number)
+        pair = LayerPair(base, base + whole_numbers(ROWS, COLS, seed=7 + number), None, None)
+        target = Target(name, transposed=False)
+        for inputs in (together, GroupInputs((name,), shared, None, None)):
+            solved_by.append(solve_layer(target, pair, inputs, Masks(recipe, {}), recipe))
+        (ours, row), (alone, expected) = solved_by[-2:]
+        assert torch.equal(ours, alone)
+        assert (row.loss, row.loss_reverted) == (expected.loss, expected.loss_reverted)
+    assert len(made) == 1 + len(names)
+    assert not torch.equal(solved_by[0][0], solved_by[2][0])

@@ -7,12 +7,19 @@ from tailor_fast.ops.decorate.api import (
     decorate_obs_,
     decorate_official,
     decorate_official_,
+    factor_obs,
 )
-from tailor_fast.ops.decorate.results import Decorated, DecorationLosses, OfficialResult
+from tailor_fast.ops.decorate.results import (
+    Decorated,
+    DecorationLosses,
+    ObsFactor,
+    OfficialResult,
+)
 
 __all__ = [
     "Decorated",
     "DecorationLosses",
+    "ObsFactor",
     "OfficialResult",
     "decorate_exact",
     "decorate_exact_",
@@ -20,4 +27,5 @@ __all__ = [
     "decorate_obs_",
     "decorate_official",
     "decorate_official_",
+    "factor_obs",
 ]

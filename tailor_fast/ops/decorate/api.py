@@ -4,9 +4,10 @@ import torch
 
 from tailor_fast._core.backend import Backend
 from tailor_fast._core.checks import FLOAT32, check_tensor
-from tailor_fast.ops.decorate import schema as _schema  # noqa: F401  registers the ops
+from tailor_fast.ops.decorate import schema as _schema  # registers the ops
 from tailor_fast.ops.decorate.inputs import (
     OfficialOptions,
+    check_factor,
     check_official,
     check_problem,
     check_right_side,
@@ -14,14 +15,14 @@ from tailor_fast.ops.decorate.inputs import (
     check_solver,
     check_weights,
 )
-from tailor_fast.ops.decorate.results import Decorated, DecorationLosses, OfficialResult
+from tailor_fast.ops.decorate.results import Decorated, DecorationLosses, ObsFactor, OfficialResult
 
 _OPS = torch.ops.tailor_fast
 
 # A row ends when its loss is proved to be within TOL of the minimum. Measured at density 0.1 and
 # percdamp 0.01 the excess is then 3e-9 to 6e-7, after 18 iterations where the inputs have cols / 4
-# factors and noise, 58 where their spectrum falls as k^-1.2, 142 where it falls as k^-1.8 (2048 and
-# 4096 columns). The largest excess on 1,600 Grams of condition up to 1e9 was 3.5e-5.
+# factors and noise, 58 and 142 where their spectrum falls as k^-1.2 and k^-1.8 (2048 and 4096
+# columns). The largest excess on 1,600 Grams of condition up to 1e9 was 3.5e-5.
 TOL = 1e-4
 # Per precision; the hardest of those Grams took 3,300. The kept weights of a row set a lower limit.
 MAX_ITERATIONS = 10_000
@@ -48,9 +49,9 @@ def decorate_exact(
         tr((D - P) (gram + λI) (D - P)^T)                                          without ``rhs``
         target_energy - 2 <P, rhs> + tr(P gram P^T) + λ |D - P|^2                   with ``rhs``
 
-    The result is within ``tol`` of the minimum whatever the conditioning, as long as rounding has
-    left the Gram no negative eigenvalue beside λ; how many rows end without proof of it is logged
-    as a warning. In any case it is not worse than the bare mask (``P = D`` inside it).
+    The result is within ``tol`` of the minimum whatever the conditioning, while rounding leaves the
+    Gram no negative eigenvalue beside λ; a warning says how many rows lack proof. It is never worse
+    than the bare mask (``P = D`` inside it).
 
     Args:
         delta: tuned minus base weight, float32 ``[rows, cols]``.
@@ -135,12 +136,36 @@ def decorate_exact_(
     return DecorationLosses(*_OPS.decorate_exact_(weight, base, mask, gram, *options))
 
 
+def factor_obs(
+    gram: torch.Tensor, *, percdamp: float = 0.01, backend: Backend = "auto"
+) -> ObsFactor:
+    """Make what ``decorate_obs`` needs of a Gram, once for all layers that read one input.
+
+    Args:
+        gram: undamped mean Gram of the inputs, float32 ``[cols, cols]``.
+        percdamp: λ as a share of the mean diagonal of ``gram``.
+        backend: see ``tailor_fast.backends()``.
+
+    Returns:
+        The factor, for ``decorate_obs`` with the same Gram, which else makes and holds its own.
+
+    Raises:
+        TypeError, ValueError: as ``decorate_obs``, of a ``gram``.
+    """
+    op = "factor_obs"
+    check_tensor(op, "gram", gram, ("cols", "cols"), FLOAT32, dict[str, int]())
+    check_scale(op, "percdamp", percdamp)
+    name = backend if gram.is_meta else _schema.backend_of(gram, backend)
+    return ObsFactor._make((*_OPS.factor_obs(gram, percdamp, name), name))
+
+
 def decorate_obs(
     delta: torch.Tensor,
     mask: torch.Tensor,
     gram: torch.Tensor,
     *,
     percdamp: float = 0.01,
+    factor: ObsFactor | None = None,
     backend: Backend = "auto",
 ) -> Decorated:
     """Adjust the kept values by the optimal brain surgeon's sweep over the columns.
@@ -149,20 +174,20 @@ def decorate_obs(
     right by ``-err U``. It is greedy: kept weights to the left of a dropped one stay as they are.
     So it is worse than ``decorate_exact`` and not proved to be better than the bare mask.
 
-    When the damped Gram does not factorise in float32, it is tried in float64, then with ten times
-    the damping up to 0.1 of the mean diagonal; each step is logged as a warning, and the losses are
-    those at the damping that served.
+    Where the damped Gram does not factorise in float32, it is tried in float64, then with ten times
+    the damping up to 0.1 of the mean diagonal, with a warning; losses are at what served.
 
     Args:
         delta: tuned minus base weight, float32 ``[rows, cols]``.
         mask: bool ``[rows, cols]``, True where the weight is kept.
         gram: undamped mean Gram of the inputs, float32 ``[cols, cols]``.
         percdamp: λ as a share of the mean diagonal of ``gram``.
+        factor: what ``factor_obs`` made of ``gram``; ``percdamp`` and ``backend`` are then its own.
         backend: see ``tailor_fast.backends()``.
 
     Returns:
-        Patch and losses, 0 iterations. The reference needs three float32 matrices of the Gram's
-        size while it factorises, one while it sweeps, and 130 MiB.
+        Patch and losses, 0 iterations. The reference needs three float32 matrices like the Gram
+        while it factorises, one while it sweeps, and 130 MiB.
 
     Raises:
         TypeError: not a tensor, another dtype, or an option that is not a number.
@@ -174,7 +199,8 @@ def decorate_obs(
     check_tensor(op, "delta", delta, ("rows", "cols"), FLOAT32, dims)
     check_problem(op, delta, mask, gram, dims)
     check_scale(op, "percdamp", percdamp)
-    return Decorated(*_OPS.decorate_obs(delta, mask, gram, percdamp, backend))
+    parts, backend = check_factor(op, factor, gram, backend)
+    return Decorated(*_OPS.decorate_obs(delta, mask, gram, percdamp, parts, backend))
 
 
 def decorate_obs_(
@@ -184,6 +210,7 @@ def decorate_obs_(
     gram: torch.Tensor,
     *,
     percdamp: float = 0.01,
+    factor: ObsFactor | None = None,
     backend: Backend = "auto",
 ) -> DecorationLosses:
     """Turn a tuned weight into ``base + patch`` in place, with the patch of ``decorate_obs``.
@@ -195,6 +222,7 @@ def decorate_obs_(
         mask: bool ``[rows, cols]``, True where the weight is kept.
         gram: undamped mean Gram of the inputs, float32 ``[cols, cols]``.
         percdamp: λ as a share of the mean diagonal of ``gram``.
+        factor: as for ``decorate_obs``.
         backend: see ``tailor_fast.backends()``.
 
     Returns:
@@ -208,7 +236,8 @@ def decorate_obs_(
     check_weights(op, ("weight", weight), ("base", base), dims)
     check_problem(op, weight, mask, gram, dims)
     check_scale(op, "percdamp", percdamp)
-    return DecorationLosses(*_OPS.decorate_obs_(weight, base, mask, gram, percdamp, backend))
+    parts, backend = check_factor(op, factor, gram, backend)
+    return DecorationLosses(*_OPS.decorate_obs_(weight, base, mask, gram, percdamp, parts, backend))
 
 
 def decorate_official(
@@ -292,7 +321,7 @@ def decorate_official_(
     Args:
         weight: tuned weight, float32/bfloat16/float16 ``[rows, cols]``; becomes the result.
         base: base weight of the same dtype; unchanged, in memory of its own.
-        gram: the authors' H, float32 ``[cols, cols]``, see ``decorate_official``.
+        gram: the authors' H, float32 ``[cols, cols]``.
         sparsity: share of each block that goes back to base, in ``[0, 1)``.
         score_weights: of the delta's size and of the sensitivity.
         block_size: columns of a block; the last one may be narrower.

@@ -1,10 +1,13 @@
 """Checks of the arguments of the ``decorate`` op that need no data."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from tailor_fast._core.backend import Backend
 from tailor_fast._core.checks import BOOL, FLOAT32, FLOATS, check_range, check_tensor, fail
+from tailor_fast.ops.decorate.factors import BLOCK
+from tailor_fast.ops.decorate.results import ObsFactor
 
 _MAX_SCALE = 1e30  # of a damping or an energy; float32 holds its products with a Gram
 _SMALLEST_TOL = 1e-12  # below it the proof would ask for more than float64 residuals give
@@ -41,6 +44,25 @@ def check_problem(
     """Mask and Gram of a weight ``[rows, cols]``."""
     check_tensor(op, "mask", mask, ("rows", "cols"), BOOL, dims, like=weight)
     check_tensor(op, "gram", gram, ("cols", "cols"), FLOAT32, dims, like=weight)
+
+
+def check_factor(
+    op: str, factor: Any, gram: torch.Tensor, backend: Backend
+) -> tuple[list[torch.Tensor] | None, Backend]:
+    """A factor of ``gram [cols, cols]``; returns its tensors, and the backend that takes them."""
+    if factor is None:
+        return None, backend
+    if not isinstance(factor, ObsFactor):
+        fail(op, "factor", "what factor_obs returns", type(factor).__name__, error=TypeError)
+    cols = len(gram)
+    blocks = (-(-cols // BLOCK), BLOCK, BLOCK)
+    check_tensor(op, "factor.upper", factor.upper, (cols, cols), FLOAT32, like=gram)
+    check_tensor(op, "factor.inverses", factor.inverses, blocks, FLOAT32, like=gram)
+    check_tensor(op, "factor.damping", factor.damping, (), (torch.float64,), like=gram)
+    if backend not in ("auto", factor.backend):
+        hint = f"factor_obs(gram, backend={backend!r})"
+        fail(op, "factor", f"made by backend {backend!r}", f"one by {factor.backend!r}", hint)
+    return [*factor[:3]], cast(Backend, factor.backend)
 
 
 def check_right_side(

@@ -39,6 +39,25 @@ class DecorationLosses(NamedTuple):
     iterations: torch.Tensor
 
 
+class ObsFactor(NamedTuple):
+    """What ``decorate_obs`` makes of a Gram, for all layers whose inputs it describes.
+
+    Attributes:
+        upper: R with ``R R^T = gram + damping I``, upper triangular, float32 ``[cols, cols]``; of
+            the reference its inverse.
+        inverses: diagonal blocks of ``R^-1``, float32 ``[ceil(cols / 128), 128, 128]``; of the
+            reference zeros.
+        damping: λ with which the Gram was factorised, 0-d float64; NaN where the Gram is 0: then
+            there is no R, and no dropped weight costs anything.
+        backend: that made it, and alone can take it.
+    """
+
+    upper: torch.Tensor
+    inverses: torch.Tensor
+    damping: torch.Tensor
+    backend: str
+
+
 class OfficialResult(NamedTuple):
     """What the authors' sweep gives.
 

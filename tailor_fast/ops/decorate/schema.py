@@ -4,6 +4,7 @@ What must be known of the values is checked here, once for all backends: it need
 cannot stand in ``api.py``, which also runs on meta tensors.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tailor_fast._core.backend import Order, implementation
 from tailor_fast._core.library import register
 from tailor_fast.ops.damping import damping_of
+from tailor_fast.ops.decorate.factors import BLOCK
 from tailor_fast.ops.decorate.inputs import OfficialOptions
 from tailor_fast.ops.decorate.values import check_apart, check_finite, check_gram
 
@@ -25,6 +27,11 @@ PatchAndLosses = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _load(backend: str, gram: Tensor) -> ModuleType:
     return implementation("decorate", ORDER, backend, gram.device.type)
+
+
+def backend_of(gram: Tensor, backend: str) -> str:
+    """The name of the backend that works on ``gram``, where ``backend`` is asked for."""
+    return _load(backend, gram).__name__.rpartition(".")[2]
 
 
 def _check(op: str, gram: Tensor, **tensors: Tensor | None) -> None:
@@ -78,20 +85,39 @@ def _exact_(
     return result
 
 
+def _factor_obs(gram: Tensor, percdamp: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _check("factor_obs", gram)
+    result: tuple[Tensor, Tensor, Tensor] = _load(backend, gram).factor_obs(gram, percdamp)
+    return result
+
+
 def _obs(
-    delta: Tensor, mask: Tensor, gram: Tensor, percdamp: float, backend: str
+    delta: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    percdamp: float,
+    factor: Sequence[Tensor] | None,
+    backend: str,
 ) -> PatchAndLosses:
     _check("decorate_obs", gram, delta=delta)
-    result: PatchAndLosses = _load(backend, gram).decorate_obs(delta, mask, gram, percdamp)
+    run = _load(backend, gram).decorate_obs
+    result: PatchAndLosses = run(delta, mask, gram, percdamp, factor)
     return result
 
 
 def _obs_(
-    weight: Tensor, base: Tensor, mask: Tensor, gram: Tensor, percdamp: float, backend: str
+    weight: Tensor,
+    base: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    percdamp: float,
+    factor: Sequence[Tensor] | None,
+    backend: str,
 ) -> Losses:
     check_apart("decorate_obs_", weight, base)
     _check("decorate_obs_", gram, weight=weight, base=base)
-    result: Losses = _load(backend, gram).decorate_obs_(weight, base, mask, gram, percdamp)
+    run = _load(backend, gram).decorate_obs_
+    result: Losses = run(weight, base, mask, gram, percdamp, factor)
     return result
 
 
@@ -125,6 +151,11 @@ def _fake_losses(like: Tensor) -> Losses:
     return real[0], real[1], real[2], like.new_empty((), dtype=torch.int64)
 
 
+def _fake_factor(gram: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = gram.new_empty(-(-len(gram) // BLOCK), BLOCK, BLOCK)
+    return torch.empty_like(gram), blocks, gram.new_empty((), dtype=torch.float64)
+
+
 def _fake(delta: Tensor, *_: Any) -> PatchAndLosses:
     return torch.empty_like(delta), *_fake_losses(delta)
 
@@ -156,14 +187,19 @@ register(
     f"decorate_exact_(Tensor(a!) weight, Tensor base, {_EXACT}) -> ({_LOSSES})", _exact_, _fake_
 )
 register(
-    "decorate_obs(Tensor delta, Tensor mask, Tensor gram, float percdamp, str backend)"
-    f" -> (Tensor, {_LOSSES})",
+    "factor_obs(Tensor gram, float percdamp, str backend) -> (Tensor, Tensor, Tensor)",
+    _factor_obs,
+    _fake_factor,
+)
+register(
+    "decorate_obs(Tensor delta, Tensor mask, Tensor gram, float percdamp, Tensor[]? factor,"
+    f" str backend) -> (Tensor, {_LOSSES})",
     _obs,
     _fake,
 )
 register(
     "decorate_obs_(Tensor(a!) weight, Tensor base, Tensor mask, Tensor gram, float percdamp,"
-    f" str backend) -> ({_LOSSES})",
+    f" Tensor[]? factor, str backend) -> ({_LOSSES})",
     _obs_,
     _fake_,
 )

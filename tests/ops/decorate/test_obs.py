@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailor_fast.ops.decorate import Decorated, decorate_obs, native, reference
+from tailor_fast.ops import damping as damping_module
+from tailor_fast.ops.decorate import (
+    Decorated,
+    decorate_obs,
+    decorate_obs_,
+    factor_obs,
+    native,
+    reference,
+)
 from tailor_fast.ops.decorate.reference import sweep as sweep_module
 from tailor_fast.testing import assert_within
 
@@ -155,3 +163,56 @@ def test_indefinite_gram_is_refused() -> None:
         " factorisation at percdamp 0.1. Hint: a mean of outer products is; was it accumulated and"
         " divided in full?"
     )
+
+
+@pytest.mark.parametrize("cols", [1, 40, 128, 300])
+def test_one_factor_serves_all_layers_of_a_gram(backend, monkeypatch, cols: int) -> None:
+    """The same bits as without it, in both forms, and the Gram is factorised once."""
+    factorised = []
+    climb = damping_module.climb
+    monkeypatch.setattr(
+        damping_module, "climb", lambda *given: factorised.append(given) or climb(*given)
+    )
+    problem = drawn(7, cols, 3 * cols, 0.3, 1.0, 21)
+    layers = [problem._replace(delta=problem.delta * scale) for scale in (1.0, -3.0)]
+    apart = [decorate_obs(*layer, percdamp=0.02) for layer in layers]
+    assert len(factorised) == 2
+    factor = factor_obs(problem.gram, percdamp=0.02)
+    assert factor.backend == backend
+    assert factor.damping.item() == pytest.approx(problem.damping(0.02))
+    base = torch.randn(7, cols).bfloat16()
+    for layer, expected in zip(layers, apart, strict=True):
+        result = decorate_obs(*layer, factor=factor)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+        weights = [(base + layer.delta).bfloat16() for _ in range(2)]
+        losses = decorate_obs_(weights[0], base, *layer[1:], percdamp=0.02)
+        again = decorate_obs_(weights[1], base, *layer[1:], factor=factor, backend=factor.backend)
+        assert torch.equal(*weights)
+        assert losses == again
+    assert len(factorised) == 5  # without the factor alone, and the factor itself
+
+
+def test_a_factor_of_inputs_that_were_never_seen() -> None:
+    problem = drawn(3, 130, 40, 0.4, 0.0, 2)
+    problem = problem._replace(gram=torch.zeros(130, 130))
+    factor = factor_obs(problem.gram)
+    assert factor.damping.isnan()
+    result = decorate_obs(*problem, factor=factor)
+    assert torch.equal(result.patch, bare(problem))
+    assert [value.item() for value in result[1:]] == [0.0, 0.0, 0.0, 0]
+
+
+def test_a_factor_that_does_not_fit(backend) -> None:
+    problem, other = drawn(3, 40, 80, 0.4, 0.0, 2), drawn(3, 41, 80, 0.4, 0.0, 2)
+    factor = factor_obs(problem.gram)
+    with pytest.raises(ValueError, match=r"factor.upper must be float32 \[41, 41\]"):
+        decorate_obs(*other, factor=factor)
+    with pytest.raises(TypeError, match="factor must be what factor_obs returns; got tuple"):
+        decorate_obs(*problem, factor=tuple(factor))
+    foreign = "reference" if backend == "native" else "native"
+    with pytest.raises(ValueError, match=f"factor must be made by backend '{foreign}'; got one by"):
+        decorate_obs(*problem, factor=factor, backend=foreign)
+    with pytest.raises(ValueError, match="factor_obs: gram must be symmetric"):
+        factor_obs(torch.triu(problem.gram))
+    with pytest.raises(TypeError, match="factor_obs: gram must be"):
+        factor_obs(problem.gram.double())

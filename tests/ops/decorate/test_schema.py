@@ -13,6 +13,7 @@ from tailor_fast.ops.decorate import (
     decorate_obs_,
     decorate_official,
     decorate_official_,
+    factor_obs,
 )
 
 from .problems import drawn
@@ -26,12 +27,14 @@ def samples() -> dict[str, tuple[Any, ...]]:
     tuned = (base + delta).bfloat16()
     rhs, energy = delta @ gram, torch.ones((), dtype=torch.float64)
     solver = (0.01, None, 1e-4, 100, "auto")
+    factor = factor_obs(gram)
     official = (gram, None, 0.5, [0.5, 0.5], 8, 0.01, 0, 0, True, "auto")
     return {
         "decorate_exact": (delta, mask, gram, rhs, energy, *solver),
         "decorate_exact_": (tuned, base, mask, gram, None, None, *solver),
-        "decorate_obs": (delta, mask, gram, 0.01, "auto"),
-        "decorate_obs_": (tuned, base, mask, gram, 0.01, "auto"),
+        "decorate_obs": (delta, mask, gram, 0.01, None, "auto"),
+        "decorate_obs_": (tuned, base, mask, gram, 0.01, [*factor[:3]], "auto"),
+        "factor_obs": (gram, 0.01, "auto"),
         "decorate_official": (base, tuned, *official),
         "decorate_official_": (tuned, base, *official),
     }
@@ -54,6 +57,9 @@ def test_shapes_without_data() -> None:
         assert result.patch.dtype == torch.float32
         assert [value.dtype for value in result[1:]] == losses
         assert all(value.shape == () for value in result[1:])
+    factor = factor_obs(gram)
+    assert [part.shape for part in factor[:3]] == [(10, 10), (1, 128, 128), ()]
+    assert decorate_obs(delta, mask, gram, factor=factor).patch.shape == delta.shape
     for numbers in (
         decorate_exact_(weight, base, mask, gram),
         decorate_obs_(weight, base, mask, gram),

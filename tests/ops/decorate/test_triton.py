@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 cg = pytest.importorskip("tailor_fast.ops.decorate.triton.cg")
 exact = pytest.importorskip("tailor_fast.ops.decorate.triton.exact")
 package = pytest.importorskip("tailor_fast.ops.decorate.triton")
+proof = pytest.importorskip("tailor_fast.ops.decorate.triton.proof")
 systems = pytest.importorskip("tailor_fast.ops.decorate.triton.system")
 
 EPS = torch.finfo(torch.float32).eps
@@ -38,6 +39,10 @@ def solve(problem: Problem, rhs: torch.Tensor | None = None, **options: object) 
     right = None if rhs is None else rhs.to(DEVICE)
     result = decorate_exact(*tensors, right, backend="triton", **options)
     return Decorated(*(value.cpu() for value in result))
+
+
+def on_device(problem: Problem) -> Problem:
+    return Problem(*(part.to(DEVICE) for part in problem))
 
 
 def check_minimum(
@@ -89,9 +94,9 @@ def test_with_products_of_float16_alone(monkeypatch, small: bool, scale: float) 
     problem.delta.mul_(scale)
     problem.mask[0], problem.mask[1] = True, False
     proofs = []
-    multiply = systems.System.multiply
+    undamped = systems.System.undamped
     monkeypatch.setattr(
-        systems.System, "multiply", lambda *given: proofs.append(given) or multiply(*given)
+        systems.System, "undamped", lambda *given: proofs.append(given) or undamped(*given)
     )
     result = solve(problem)
     check_minimum(problem, result, 0.01, EPS if small else 1e-5)
@@ -207,26 +212,31 @@ def test_rows_without_proof_are_left_to_the_reference(monkeypatch, caplog) -> No
 
 
 def test_a_step_that_makes_it_worse_is_not_taken(monkeypatch) -> None:
-    problem = correlated(6, 40, density=0.5)
+    problem = on_device(correlated(6, 40, density=0.5))
 
     def astray(_system, residual, keep, *_) -> tuple[torch.Tensor, int]:
         return torch.where(keep, torch.randn_like(residual), 0), 1
 
     monkeypatch.setattr(exact, "conjugate_gradients", astray)
     monkeypatch.setattr(exact, "_by_reference", lambda *given: pytest.fail("p and loss suffice"))
-    tile = exact._Rows(
-        exact.Problem(systems.System(problem.gram, 0.1), TOL, 10),
-        problem.delta.double(),
-        problem.mask,
-        None,
-    )
+    system = systems.System(problem.gram, 0.1)
+    tile = exact._Rows(exact.Problem(system, TOL, 10), problem.delta, problem.mask, None)
     p = bare(problem).double()
     r, loss = tile.evaluate(p)
-    before = [tensor.clone() for tensor in (p, r, loss)]
-    rows = torch.arange(6)
-    stuck, _ = exact._improve(tile, p, r, loss, torch.zeros(6).double(), rows)
+    state = proof.State(p, r, loss, tile.floor(p, loss))
+    before = [tensor.clone() for tensor in state]
+    rows = torch.arange(6, device=DEVICE)
+    stuck, _ = exact._improve(tile, state, torch.zeros_like(loss), rows, r.norm(dim=1))
     assert stuck.tolist() == rows.tolist()
-    assert all(torch.equal(a, b) for a, b in zip(before, (p, r, loss), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+
+def test_the_objective_proves_with_fewer_iterations_than_the_distance() -> None:
+    problem = correlated(3, 64, density=0.3)
+    ours = solve(problem)
+    bounded = solve(problem, rhs=problem.delta @ problem.gram)
+    check_minimum(problem, ours, 0.01)
+    assert ours.iterations < bounded.iterations
 
 
 def test_rows_that_end_are_dropped(monkeypatch) -> None:
@@ -277,7 +287,8 @@ def test_the_matrix_in_two_halves() -> None:
         assert bool((high.diagonal() == systems.UNIT)[root.diagonal() > 0].all())
         x = problem.delta.to(DEVICE)
         exactly = system.multiply(x)
-        error = (system.approximate(x) - exactly) / system.root.clamp_min(1e-30)
+        answer, _ = system.approximate(x, torch.ones_like(x, dtype=torch.bool))
+        error = (answer - exactly) / system.root.clamp_min(1e-30)
         scaled = (x.double() * system.root).norm(dim=1, keepdim=True) * system.mean
         assert bool((error.abs() <= 1e-5 * scaled).all())
         energies = (x * exactly).sum()

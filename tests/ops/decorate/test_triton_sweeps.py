@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.authors import AuthorsOptions, authors_fasterprune
 from tailor_fast._core.backend import why_unavailable
@@ -17,6 +18,7 @@ from tailor_fast.ops.decorate import (
     decorate_obs_,
     decorate_official,
     decorate_official_,
+    factor_obs,
 )
 from tailor_fast.testing import assert_within
 
@@ -255,7 +257,7 @@ def test_same_bits_from_run_to_run() -> None:
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_opcheck(name: str) -> None:
     *arguments, _ = samples()[name]
-    given = [part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in arguments]
+    given = tree_map_only(torch.Tensor, lambda part: part.to(DEVICE), arguments)
     torch.library.opcheck(getattr(OPS, name).default, (*given, "triton"))
 
 
@@ -268,3 +270,16 @@ def test_obs_at_size() -> None:
     assert (result.patch - other.patch.cpu()).abs().max() <= 1e-4 * scale
     for ours, theirs in zip(result[1:4], other[1:4], strict=True):
         assert abs(ours / theirs.cpu() - 1) <= 1e-5
+
+
+def test_one_factor_serves_all_layers_of_a_gram() -> None:
+    """The same bits as without it."""
+    problem = drawn(5, 150, 400, 0.3, 1.0, 21)
+    layer = [part.to(DEVICE) for part in problem]
+    factor = factor_obs(layer[2], backend="triton")
+    assert factor.backend == "triton"
+    for scale in (1.0, -3.0):
+        delta = layer[0] * scale
+        alone = decorate_obs(delta, *layer[1:], backend="triton")
+        shared = decorate_obs(delta, *layer[1:], factor=factor)
+        assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))

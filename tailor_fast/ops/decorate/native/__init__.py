@@ -4,10 +4,14 @@ A row's result does not depend on its neighbours; ``exact`` gives the same patch
 threads.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from tailor_fast.ops.decorate.factors import Packed, pack
 from tailor_fast.ops.decorate.native.exact import Problem, solve_rows
 from tailor_fast.ops.decorate.native.official import decorate_official_
+from tailor_fast.ops.decorate.native.root import Root
 from tailor_fast.ops.decorate.native.sweep import factorize, sweep_rows
 from tailor_fast.ops.decorate.tiles import (
     Load,
@@ -26,6 +30,7 @@ __all__ = [
     "decorate_obs",
     "decorate_obs_",
     "decorate_official_",
+    "factor_obs",
 ]
 
 # Elements of a row tile: 2048 rows at 4096 columns, 32 MiB per float32 copy of it.
@@ -67,19 +72,35 @@ def decorate_exact_(
     return _exact(load, store, mask, rhs, target_energy, problem)
 
 
+def factor_obs(gram: Tensor, percdamp: float) -> Packed:
+    """What ``decorate_obs`` makes of a Gram."""
+    return pack(gram, *factorize(gram, percdamp))
+
+
 def decorate_obs(
-    delta: Tensor, mask: Tensor, gram: Tensor, percdamp: float
+    delta: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    percdamp: float,
+    factor: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The OBS sweep on the mask; returns patch and losses."""
     patch = torch.empty_like(delta)
-    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, percdamp)
+    root = factorize(gram, percdamp) if factor is None else Root.of(factor)
+    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, root)
 
 
 def decorate_obs_(
-    weight: Tensor, base: Tensor, mask: Tensor, gram: Tensor, percdamp: float
+    weight: Tensor,
+    base: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    percdamp: float,
+    factor: Sequence[Tensor] | None,
 ) -> Losses:
     """``decorate_obs`` written into the tuned ``weight``; returns the losses."""
-    return _obs(*in_place(weight, base, mask), mask, gram, percdamp)
+    root = factorize(gram, percdamp) if factor is None else Root.of(factor)
+    return _obs(*in_place(weight, base, mask), mask, gram, root)
 
 
 def _exact(
@@ -97,8 +118,7 @@ def _exact(
     return exact_by_tiles(load, store, mask, TILE, rhs, target_energy, limits, solve)
 
 
-def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, percdamp: float) -> Losses:
-    root = factorize(gram, percdamp)
+def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, root: Root) -> Losses:
     most = next(row_tiles(mask, TILE), slice(0, 0)).stop
     scratch = [torch.empty(most, mask.shape[1]) for _ in range(2)]  # fresh pages take time
 

@@ -5,10 +5,12 @@ columns before a block add to it is a product with the part of R above the block
 formed: a third of the work of a factorisation is the whole of it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from tailor_fast.ops.decorate.factors import unpack
 from tailor_fast.ops.gemm import add_product_, product
 
 Tensor = torch.Tensor
@@ -30,6 +32,15 @@ class Root(NamedTuple):
     upper: Tensor | None
     inverses: list[Tensor]
     damping: float
+
+    @classmethod
+    def of(cls, factor: Sequence[Tensor]) -> "Root":
+        """From the tensors of a factor that was packed."""
+        upper, blocks, damping = unpack(factor)
+        cols = 0 if upper is None else len(upper)
+        widths = (min(BLOCK, cols - start) for start in range(0, cols, BLOCK))
+        parts = zip(blocks, widths, strict=True)
+        return cls(upper, [block[:width, :width].contiguous() for block, width in parts], damping)
 
 
 def factorize_(matrix: Tensor) -> list[Tensor] | None:

@@ -5,12 +5,15 @@ memory beside the result does not grow with the number of rows, and the in-place
 code on the same tiles. ``official`` chooses its mask over all rows of a block and needs them all.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from tailor_fast.ops.decorate.factors import Packed, pack, unpack
 from tailor_fast.ops.decorate.reference.cg import System
 from tailor_fast.ops.decorate.reference.exact import solve_rows
 from tailor_fast.ops.decorate.reference.official import decorate_official_
-from tailor_fast.ops.decorate.reference.sweep import energy, factorize, sweep_rows
+from tailor_fast.ops.decorate.reference.sweep import InverseRoot, energy, factorize, sweep_rows
 from tailor_fast.ops.decorate.tiles import (
     Load,
     Losses,
@@ -27,6 +30,7 @@ __all__ = [
     "decorate_obs",
     "decorate_obs_",
     "decorate_official_",
+    "factor_obs",
 ]
 
 # Elements of a row tile. exact: 512 rows at 4096 columns, 170 MiB of fp64 and fp32 vectors, while
@@ -67,12 +71,25 @@ def decorate_exact_(
     return _exact(load, store, mask, gram, rhs, target_energy, damping, tol, max_iterations)
 
 
+def factor_obs(gram: torch.Tensor, percdamp: float) -> Packed:
+    """What ``decorate_obs`` makes of a Gram."""
+    root = factorize(gram, percdamp)
+    if root.damping == 0.0 and not bool(gram.any()):
+        return pack(gram, None, [], 0.0)
+    return pack(gram, root.upper, [], root.damping)
+
+
 def decorate_obs(
-    delta: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, percdamp: float
+    delta: torch.Tensor,
+    mask: torch.Tensor,
+    gram: torch.Tensor,
+    percdamp: float,
+    factor: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The OBS sweep on the mask; returns patch and losses."""
     patch = torch.empty_like(delta)
-    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, percdamp)
+    root = _root(gram, percdamp, factor)
+    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, root)
 
 
 def decorate_obs_(
@@ -81,9 +98,11 @@ def decorate_obs_(
     mask: torch.Tensor,
     gram: torch.Tensor,
     percdamp: float,
+    factor: Sequence[torch.Tensor] | None,
 ) -> Losses:
     """``decorate_obs`` written into the tuned ``weight``; returns the losses."""
-    return _obs(*in_place(weight, base, mask), mask, gram, percdamp)
+    root = _root(gram, percdamp, factor)
+    return _obs(*in_place(weight, base, mask), mask, gram, root)
 
 
 def _exact(
@@ -106,11 +125,18 @@ def _exact(
     return exact_by_tiles(load, store, mask, EXACT_TILE, rhs, target_energy, limits, solve)
 
 
-def _obs(
-    load: Load, store: Store, mask: torch.Tensor, gram: torch.Tensor, percdamp: float
-) -> Losses:
-    factor = factorize(gram, percdamp)
+def _root(
+    gram: torch.Tensor, percdamp: float, factor: Sequence[torch.Tensor] | None
+) -> InverseRoot:
+    if factor is None:
+        return factorize(gram, percdamp)
+    upper, _, damping = unpack(factor)
+    return factorize(gram, percdamp) if upper is None else InverseRoot(upper, damping)
 
+
+def _obs(
+    load: Load, store: Store, mask: torch.Tensor, gram: torch.Tensor, factor: InverseRoot
+) -> Losses:
     def solve(rows: slice, delta: torch.Tensor) -> Solved:
         undecorated = energy(delta.masked_fill(mask[rows], 0), gram, factor.damping)
         reverted = energy(delta, gram, factor.damping)

@@ -47,14 +47,14 @@ def sweep_columns(
         weight[later].add_(factor[column, later, None] * error, alpha=sign)
 
 
-class ObsFactor(NamedTuple):
+class InverseRoot(NamedTuple):
     """``U`` float32 ``[cols, cols]`` with ``U^T U = (gram + damping I)^-1``."""
 
     upper: torch.Tensor
     damping: float
 
 
-def factorize(gram: torch.Tensor, percdamp: float) -> ObsFactor:
+def factorize(gram: torch.Tensor, percdamp: float) -> InverseRoot:
     """Factorise the inverse of the damped Gram without forming it.
 
     ``H = R R^T`` with ``R`` upper triangular comes from one Cholesky factorisation of ``H`` with
@@ -65,9 +65,9 @@ def factorize(gram: torch.Tensor, percdamp: float) -> ObsFactor:
     """
     # inputs that were never seen: H = 0, nothing costs anything
     if damping_of(gram.diagonal(), 1.0) == 0.0:
-        return ObsFactor(torch.diag(gram.new_full((len(gram),), math.inf)), 0.0)
+        return InverseRoot(torch.diag(gram.new_full((len(gram),), math.inf)), 0.0)
     upper, damping = climb(gram, percdamp, _inverse_factor)
-    return ObsFactor(upper.float(), damping)
+    return InverseRoot(upper.float().contiguous(), damping)
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float, dtype: torch.dtype) -> torch.Tensor | None:
@@ -85,7 +85,7 @@ def _inverse_factor(gram: torch.Tensor, damping: float, dtype: torch.dtype) -> t
 
 
 def sweep_rows(
-    factor: ObsFactor, delta: torch.Tensor, keep: torch.Tensor
+    factor: InverseRoot, delta: torch.Tensor, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sweep a tile of rows on a fixed mask.
 

@@ -5,9 +5,12 @@ in-place forms run the same code on the same tiles. A tile is large, for the GEM
 4096 columns. ``exact`` takes about 2 GiB for it, and 4 bytes per element of the Gram.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from tailor_fast._core.launch import KernelForm
+from tailor_fast.ops.decorate.factors import Packed, pack, unpack
 from tailor_fast.ops.decorate.tiles import (
     Load,
     Losses,
@@ -17,7 +20,7 @@ from tailor_fast.ops.decorate.tiles import (
     in_place,
     obs_by_tiles,
 )
-from tailor_fast.ops.decorate.triton import cg, sweep
+from tailor_fast.ops.decorate.triton import cg, proof, sweep
 from tailor_fast.ops.decorate.triton import system as systems
 from tailor_fast.ops.decorate.triton.exact import Problem, solve_rows
 from tailor_fast.ops.decorate.triton.official import decorate_official_
@@ -29,6 +32,7 @@ __all__ = [
     "decorate_obs",
     "decorate_obs_",
     "decorate_official_",
+    "factor_obs",
     "kernels",
 ]
 
@@ -70,24 +74,40 @@ def decorate_exact_(
     return _exact(load, store, mask, rhs, target_energy, problem)
 
 
+def factor_obs(gram: Tensor, percdamp: float) -> Packed:
+    """What ``decorate_obs`` makes of a Gram."""
+    return pack(gram, *sweep.factorize(gram, percdamp))
+
+
 def decorate_obs(
-    delta: Tensor, mask: Tensor, gram: Tensor, percdamp: float
+    delta: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    percdamp: float,
+    factor: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The OBS sweep on the mask; returns patch and losses."""
     patch = torch.empty_like(delta)
-    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, percdamp)
+    root = sweep.factorize(gram, percdamp) if factor is None else sweep.Root(*unpack(factor))
+    return patch, *_obs(delta.__getitem__, patch.__setitem__, mask, gram, root)
 
 
 def decorate_obs_(
-    weight: Tensor, base: Tensor, mask: Tensor, gram: Tensor, percdamp: float
+    weight: Tensor,
+    base: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    percdamp: float,
+    factor: Sequence[Tensor] | None,
 ) -> Losses:
     """``decorate_obs`` written into the tuned ``weight``; returns the losses."""
-    return _obs(*in_place(weight, base, mask), mask, gram, percdamp)
+    root = sweep.factorize(gram, percdamp) if factor is None else sweep.Root(*unpack(factor))
+    return _obs(*in_place(weight, base, mask), mask, gram, root)
 
 
 def kernels() -> tuple[KernelForm, ...]:
     """Forms of the kernels that launches on real layers use."""
-    return (*systems.forms(), *cg.forms(), *sweep.forms())
+    return (*systems.forms(), *cg.forms(), *proof.forms(), *sweep.forms())
 
 
 def _exact(
@@ -105,8 +125,7 @@ def _exact(
     return exact_by_tiles(load, store, mask, TILE, rhs, target_energy, limits, solve)
 
 
-def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, percdamp: float) -> Losses:
-    root = sweep.factorize(gram, percdamp)
+def _obs(load: Load, store: Store, mask: Tensor, gram: Tensor, root: sweep.Root) -> Losses:
     system = System(gram, root.damping)
 
     def solve(rows: slice, delta: Tensor) -> Solved:

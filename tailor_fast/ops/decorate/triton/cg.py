@@ -131,7 +131,12 @@ class _Tile(NamedTuple):
 
 
 def conjugate_gradients(
-    system: System, residual: Tensor, keep: Tensor, target: Tensor, max_iterations: int
+    system: System,
+    residual: Tensor,
+    keep: Tensor,
+    live: Tensor,
+    target: Tensor,
+    max_iterations: int,
 ) -> tuple[Tensor, int]:
     """Solve ``U_KK z = residual`` for every row, from 0, with the upper half of U's bits.
 
@@ -140,6 +145,7 @@ def conjugate_gradients(
         residual: float32 ``[rows, cols]``, 0 outside ``keep``; becomes the residual of the result
             as the recurrence has it.
         keep: bool ``[rows, cols]``, the supports.
+        live: bool ``[rows]``, False where a row has nothing to do.
         target: of ``|residual T|^2``, where a row ends; float32 ``[rows]``.
         max_iterations: limit.
 
@@ -147,10 +153,8 @@ def conjugate_gradients(
         z ``[rows, cols]``, 0 outside ``keep``, and the iterations of the slowest row.
     """
     high, _ = system.halves
-    weight = system.root.square().float()
     result = torch.zeros_like(residual)
     norm = residual.norm(dim=1, keepdim=True)
-    size = (residual.square() * weight).sum(1)
     tile = _Tile(
         torch.arange(len(residual), device=residual.device),
         (residual * (UNIT / norm)).half(),
@@ -158,7 +162,7 @@ def conjugate_gradients(
         result,
         keep.view(torch.uint8),
         target,
-        (size > target).int(),
+        live.int(),
         target.new_zeros(len(target), dtype=torch.int32),
     )
     slowest = 0
@@ -172,7 +176,7 @@ def conjugate_gradients(
                 _put_back(tile, residual, result)
                 rows = tile.live.nonzero()[:, 0]
                 tile = _Tile(*(part[rows] for part in tile))
-        tile.update(product(tile.direction, high), weight)
+        tile.update(product(tile.direction, high), system.weight)
     _put_back(tile, residual, result)
     return result.mul_(UNIT), max(slowest, int(tile.done.max()))
 

@@ -197,7 +197,7 @@ def factorize(gram: Tensor, percdamp: float) -> Root:
         width = columns.stop - columns.start
         parts[number, :width, :width] = root[columns, columns]
     inverses = torch.linalg.solve_triangular(parts, identity.expand_as(parts), upper=True)
-    return Root(root.float(), inverses.float().contiguous(), damping)
+    return Root(root.float().contiguous(), inverses.float().contiguous(), damping)
 
 
 def _blocks(cols: int) -> Iterator[slice]:

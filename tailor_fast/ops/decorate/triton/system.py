@@ -93,6 +93,59 @@ def _split_kernel(
             tl.store(low_ptr + at, (scaled - high.to(tl.float32)).to(tl.float16), mask=inside)
 
 
+@triton.jit
+def _finish_kernel(
+    x_ptr,  # float32 [rows, cols]
+    keep_ptr,  # uint8 [rows, cols]
+    size_ptr,  # float32 [rows]
+    root_ptr,  # float32 [cols]
+    answer_ptr,  # float32 [rows, cols], becomes answer size root, 0 where not kept
+    inner_ptr,  # float64 [rows], receives the product with x before that
+    cols,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, COLS)
+    size = tl.load(size_ptr + row)
+    inner = tl.zeros((COLS,), tl.float64)
+    for start in range(0, cols, COLS):
+        at, inside = row * cols + start + offs, start + offs < cols
+        root = tl.load(root_ptr + start + offs, mask=inside, other=0.0)
+        answer = tl.load(answer_ptr + at, mask=inside, other=0.0) * size * root
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        inner += (x * answer).to(tl.float64)
+        keep = tl.load(keep_ptr + at, mask=inside, other=0) != 0
+        tl.store(answer_ptr + at, tl.where(keep, answer, 0.0), mask=inside)
+    tl.store(inner_ptr + row, tl.sum(inner, 0))
+
+
+@triton.jit
+def _correct_kernel(
+    answer_ptr,  # float32 [rows, cols], UNIT^2 / size times what is taken
+    size_ptr,  # float32 [rows]
+    keep_ptr,  # uint8 [rows, cols]
+    weight_ptr,  # float32 [cols]
+    residual_ptr,  # float32 [rows, cols], changed in place
+    squared_ptr,  # float32 [rows], receives the sum of weight residual^2
+    cols,
+    UNIT: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, COLS)
+    scale = tl.load(size_ptr + row) / (UNIT * UNIT)
+    squares = tl.zeros((COLS,), tl.float32)
+    for start in range(0, cols, COLS):
+        at, inside = row * cols + start + offs, start + offs < cols
+        keep = tl.load(keep_ptr + at, mask=inside, other=0) != 0
+        r = tl.load(residual_ptr + at, mask=inside, other=0.0)
+        r -= scale * tl.load(answer_ptr + at, mask=inside, other=0.0)
+        r = tl.where(keep, r, 0.0)
+        tl.store(residual_ptr + at, r, mask=inside)
+        squares += r * r * tl.load(weight_ptr + start + offs, mask=inside, other=0.0)
+    tl.store(squared_ptr + row, tl.sum(squares, 0))
+
+
 def split(x: Tensor, factor: Tensor, *, twice: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of ``x * factor`` in float16, scaled to a largest element of ``UNIT``.
 
@@ -148,6 +201,11 @@ class System:
         self.inverse_root = torch.where(self.root > 0, 1 / self.root, 0)
 
     @cached_property
+    def weight(self) -> Tensor:
+        """Squared T, float32 ``[cols]``."""
+        return self.root.square().float()
+
+    @cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
         """``UNIT * U`` in float16, and what that rounds away."""
         cols = len(self.gram)
@@ -174,25 +232,59 @@ class System:
     def multiply(self, x: Tensor) -> Tensor:
         """``x A`` of ``x [rows, cols]`` in float64."""
         x = x.double()
-        out = x * self.damping
+        return self.undamped(x).add_(x, alpha=self.damping)
+
+    def undamped(self, x: Tensor) -> Tensor:
+        """``x gram`` of a float64 ``x [rows, cols]``."""
+        out = torch.empty_like(x)
         for start in range(0, len(self.gram), _PANEL):
             columns = slice(start, start + _PANEL)
-            out[:, columns].addmm_(x, self.gram[:, columns].double())
+            torch.mm(x, self.gram[:, columns].double(), out=out[:, columns])
         return out
 
-    def approximate(self, x: Tensor) -> Tensor:
-        """``x A`` in float32, with 21 bits of each factor: three products of float16."""
+    def approximate(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """``x A`` in float32, with 21 bits of each factor: three products of float16.
+
+        Args:
+            x: float32 ``[rows, cols]``.
+            keep: bool ``[rows, cols]``.
+
+        Returns:
+            The product, 0 outside ``keep``, and ``x A x`` of each row, float64 ``[rows]``.
+        """
+        rows, cols = x.shape
         high, low = self.halves
-        first, second, size = split(x.float(), self.root.float(), twice=True)
+        root = self.root.float()
+        first, second, size = split(x, root, twice=True)
         answer = product(first, high)
         answer = product(first, low, answer)
         answer = product(second, high, answer)
-        return answer.mul_(size * (self.mean / UNIT**2)).mul_(self.root.float())
+        inner = x.new_empty(rows, dtype=torch.float64)
+        _finish_kernel[(rows,)](
+            x, keep.view(torch.uint8), size * (self.mean / UNIT**2), root, answer, inner, cols,
+            COLS=SPLIT_COLS, **asdict(SPLIT),
+        )  # fmt: skip
+        return answer, inner
 
-    def correction(self, z: Tensor) -> Tensor:
-        """What the lower half of U's bits adds to ``z U``; 11 bits of ``z`` are enough for that."""
+    def correct_(self, residual: Tensor, z: Tensor, keep: Tensor) -> Tensor:
+        """Take from a residual over T what the lower half of U's bits adds to ``z U`` on ``keep``.
+
+        Args:
+            residual: float32 ``[rows, cols]``, 0 outside ``keep``; changed in place.
+            z: float32 ``[rows, cols]``, of which 11 bits are enough for that.
+            keep: bool ``[rows, cols]``.
+
+        Returns:
+            Squared norm of ``residual T``, float32 ``[rows]``.
+        """
+        rows, cols = residual.shape
         rounded, _, size = split(z, torch.ones_like(z[0]), twice=False)
-        return product(rounded, self.halves[1]).mul_(size / UNIT**2)
+        squared = residual.new_empty(rows)
+        _correct_kernel[(rows,)](
+            product(rounded, self.halves[1]), size, keep.view(torch.uint8), self.weight, residual,
+            squared, cols, UNIT=UNIT, COLS=SPLIT_COLS, **asdict(SPLIT),
+        )  # fmt: skip
+        return squared
 
     def energy(self, x: Tensor) -> Tensor:
         """``x A x`` summed over rows, 0-d float64; of 11 bits of ``x`` where there are many."""
@@ -214,6 +306,14 @@ def forms() -> list[KernelForm]:
     found = [KernelForm("halves", _halves_kernel, signature, constants, HALVES, aligned)]
     signature = dict.fromkeys(("x_ptr", "factor_ptr", "size_ptr"), "*fp32")
     signature |= {"high_ptr": "*fp16", "low_ptr": "*fp16", "cols": "i32"}
+    finish = dict.fromkeys(("x_ptr", "size_ptr", "root_ptr", "answer_ptr"), "*fp32")
+    finish |= {"keep_ptr": "*u8", "inner_ptr": "*fp64", "cols": "i32"}
+    wide = {"COLS": SPLIT_COLS}
+    found.append(KernelForm("finish", _finish_kernel, finish, wide, SPLIT, frozenset(finish)))
+    correct = dict.fromkeys(("answer_ptr", "size_ptr", "weight_ptr", "residual_ptr"), "*fp32")
+    correct |= {"keep_ptr": "*u8", "squared_ptr": "*fp32", "cols": "i32"}
+    fixed = {"UNIT": UNIT, "COLS": SPLIT_COLS}
+    found.append(KernelForm("correct", _correct_kernel, correct, fixed, SPLIT, frozenset(correct)))
     for twice in (True, False):
         constants = {"UNIT": UNIT, "COLS": SPLIT_COLS, "TWICE": twice}
         name, aligned = "split_twice" if twice else "split", frozenset(signature)
