@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 
 import torch
 
+from tailor_fast._core.transfer import own_stream, page_locked
 from tailor_fast.checkpoint import StagedCheckpoint
 from tailor_fast.ops.select import TopKSelector
 from tailor_fast.patching.masks import mask_within
@@ -79,7 +81,10 @@ class DataFree:
             told: called after each layer.
         """
         ring = Ring(self._memory.ring)
-        with Pipeline(self._sources.base, self._sources.tuned, writer, ring) as pipeline:
+        with (
+            page_locked(ring.memory, self._device),
+            Pipeline(self._sources.base, self._sources.tuned, writer, ring) as pipeline,
+        ):
             with self._report.timed("scores"):
                 self._find_thresholds(pipeline)
             names = [name for shard in staged.layout.shards for name in shard.tensors]
@@ -105,28 +110,34 @@ class DataFree:
         for layer in self._sources.layers:
             if layer.target.name in self._units or layer.tensor in self._cut:
                 self._equal[layer.tensor] = self._sources.equal(layer.tensor)
-        units = {
-            layer.tensor: self._units[layer.target.name]
-            for layer in self._sources.layers
-            if layer.target.name in self._units and not self._equal[layer.tensor]
-        }
-        open_units = {unit for tensor, unit in units.items() if tensor not in self._earlier}
-        for unit in sorted(open_units):
+        units: dict[str, list[str]] = {}  # names of their tensors
+        for layer in self._sources.layers:
+            if layer.target.name in self._units and not self._equal[layer.tensor]:
+                units.setdefault(self._units[layer.target.name], []).append(layer.tensor)
+        waiting = [unit for unit, names in units.items() if not self._earlier.issuperset(names)]
+        while waiting:
+            names = [name for unit in waiting for name in units[unit]]
+            waiting = []
+            # One unit after the other: keys of one alone are held.
+            for unit, stretch in groupby(pipeline.stream(self._parts(names)), self._unit_of):
+                if not self._observe(unit, stretch, pipeline):
+                    waiting.append(unit)
+
+    def _unit_of(self, loaded: Loaded) -> str:
+        return self._units[self._layers[loaded.part.name].target.name]
+
+    def _observe(self, unit: str, stretch: Iterable[Loaded], pipeline: Pipeline) -> bool:
+        """Show all of a unit to its selector; False: it must be shown once more."""
+        if unit not in self._selectors:
             self._selectors[unit] = self._selector(unit)
-        while open_units:
-            names = [name for name, unit in units.items() if unit in open_units]
-            for loaded in pipeline.stream(self._parts(names)):
-                layer = self._layers[loaded.part.name]
-                base, tuned = self._matrices(layer, loaded)
-                self._selectors[units[layer.tensor]].observe(
-                    layer.target.name,
-                    base,
-                    tuned,
-                    first_row=self._first_row(layer, loaded),
-                    rows=layer.shape[0],
-                )
-                pipeline.drop(loaded)
-            open_units = {unit for unit in open_units if not self._selectors[unit].finish()}
+        selector = self._selectors[unit]
+        for loaded in stretch:
+            layer = self._layers[loaded.part.name]
+            first, rows = self._first_row(layer, loaded), layer.shape[0]
+            base, tuned = self._matrices(layer, loaded)
+            selector.observe(layer.target.name, base, tuned, first_row=first, rows=rows)
+            pipeline.drop(loaded)
+        return selector.finish()
 
     def _selector(self, unit: str) -> TopKSelector:
         recipe = self._recipe
@@ -155,18 +166,26 @@ class DataFree:
         if layer.tensor not in self._equal and self._is_equal(layer, loaded):
             self._equal[layer.tensor] = True
             return
+        name, (rows, cols) = layer.target.name, layer.shape
+        # What a selector keeps on the device passes from thread to thread: one stream for all.
+        beside = nullcontext() if name in self._units else own_stream(self._device)
+        with beside:
+            kept = self._keep(layer, loaded)
+        row = self._rows.setdefault(
+            layer.tensor, LinearReport(name, rows, cols, kept=0, tensor=layer.tensor, group=(name,))
+        )
+        row.kept += kept
+        row.seconds += time.perf_counter() - start
+
+    def _keep(self, layer: LayerOnDisk, loaded: Loaded) -> int:
+        """Write the kept words over the base's; returns how many they are."""
         base, tuned = self._matrices(layer, loaded)
         mask = self._mask(layer, loaded, base, tuned)
         keep_(base, tuned, mask)
         stored = self._stored(layer, loaded)[0]
         if base.data_ptr() != stored.data_ptr():
             stored.copy_(base.T if layer.target.transposed else base)
-        name, (rows, cols) = layer.target.name, layer.shape
-        row = self._rows.setdefault(
-            layer.tensor, LinearReport(name, rows, cols, kept=0, tensor=layer.tensor, group=(name,))
-        )
-        row.kept += int(mask.count_nonzero())
-        row.seconds += time.perf_counter() - start
+        return int(mask.count_nonzero())
 
     def _mask(
         self, layer: LayerOnDisk, loaded: Loaded, base: torch.Tensor, tuned: torch.Tensor

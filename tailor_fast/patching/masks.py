@@ -39,21 +39,22 @@ class Masks:
     def observe_all(self, targets: Mapping[str, Target], weights: Weights) -> None:
         """Score every layer of every unit until each unit's threshold is exact."""
         recipe = self._recipe
-        open_units = {self._units[name] for name in self._weights}
-        for unit in sorted(open_units):
-            self._selectors[unit] = TopKSelector(
+        units: dict[str, list[str]] = {}  # names of their layers
+        for name in self._weights:
+            units.setdefault(self._units[name], []).append(name)
+        for unit, names in units.items():  # one after the other: keys of one alone are held
+            selector = self._selectors[unit] = TopKSelector(
                 recipe.density,
                 sensitivity=recipe.sensitivity,
                 salience_weight=self._salience_weight,
                 normalize=recipe.normalize,
             )
-        while open_units:
-            for name, column_weight in self._weights.items():
-                if self._units[name] in open_units:
+            finished = False
+            while not finished:
+                for name in names:
                     pair = weights.pair(targets[name])
-                    selector = self._selectors[self._units[name]]
-                    selector.observe(name, pair.base, pair.tuned, column_weight)
-            open_units = {unit for unit in open_units if not self._selectors[unit].finish()}
+                    selector.observe(name, pair.base, pair.tuned, self._weights[name])
+                finished = selector.finish()
 
     def mask(self, name: str, pair: LayerPair, column_weight: torch.Tensor | None) -> torch.Tensor:
         """Return the bool mask ``[rows, cols]`` of the weights that are kept."""

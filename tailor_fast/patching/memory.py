@@ -20,8 +20,10 @@ SOLVERS = 2  # layers that are solved side by side
 _PARTS = 8  # that the ring holds at least of a layer that streams through it
 # What select takes per element beside the pair: the mask, and candidates of its threshold.
 _SELECT_BYTES = 1.25
-# A threshold that spans parts takes candidates from all of them, and room to sift some.
-KEYS_BYTES, _SIFT_BYTES = 64 << 20, 32 << 20
+_SCRATCH_BYTES = 3 << 20  # of a layer at work, whatever its size
+# A threshold that spans parts takes candidates from all of them; beside them a quarter as many of
+# the part at hand, and room to sift some.
+KEYS_BYTES, _SIFT_BYTES = 64 << 20, 4 << 20
 _KEYS_SHARE = 8  # of a limit, at most one part in so many is for candidates
 # Digests, headers, stacks of threads, pieces in flight, scratch, the picture.
 FIXED_BYTES = 16 << 20
@@ -33,7 +35,8 @@ class Memory:
 
     Attributes:
         ring: for what is on its way between the files.
-        beside: for solving the largest part of a layer, and for what reading takes.
+        beside: for the largest part of a layer, while its threshold is sought or while it is
+            solved, and for what reading takes.
         keys: of ``beside``, for candidates of a threshold that spans parts.
     """
 
@@ -57,10 +60,11 @@ def divide_memory(sources: Sources, recipe: Recipe, limit: int | None) -> Memory
     ring = max(least, min(RING_BYTES, wanted, whole))
     keys = KEYS_BYTES if limit is None else min(KEYS_BYTES, limit // _KEYS_SHARE)
     while True:
-        beside = reading + max(_beside(sources, layer, ring) for layer in layers)
-        if _spans_parts(sources, recipe, ring):
-            beside += keys + min(_SIFT_BYTES, 2 * keys)
-        memory = Memory(ring, beside, keys)
+        beside = max(_solving(sources, layer, ring) for layer in layers)
+        if _spans_parts(sources, recipe, ring):  # before anything is solved, a part at a time
+            copies = max(_copies(sources, layer) for layer in layers)
+            beside = max(beside, copies + keys + keys // 4 + _SIFT_BYTES)
+        memory = Memory(ring, reading + beside, keys)
         if limit is None or memory.total <= limit or ring == least:
             return memory
         ring = max(least, aligned(ring * 7 // 8))
@@ -117,14 +121,19 @@ def _least_ring(sources: Sources, layer: LayerOnDisk, recipe: Recipe) -> int:
     return 2 * _PARTS * max(aligned(nbytes // max(1, layer.shape[0])), COPY_BYTES // _PARTS)
 
 
-def _beside(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
-    rows, cols = layer.shape
+def _solving(sources: Sources, layer: LayerOnDisk, ring: int) -> int:
+    rows, cols = _rows_at_once(sources, layer, ring), layer.shape[1]
     if layer.target.transposed:
-        copies = 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes // layer.slices
-        rows //= layer.slices
-    else:
-        copies, rows = 0, _rows_at_once(sources, layer, ring)
-    return SOLVERS * (copies + int(rows * cols * _SELECT_BYTES))
+        rows = layer.shape[0] // layer.slices
+    taken = int(rows * cols * _SELECT_BYTES) + _SCRATCH_BYTES
+    return SOLVERS * (_copies(sources, layer) + taken)
+
+
+def _copies(sources: Sources, layer: LayerOnDisk) -> int:
+    """What a layer's matrices take that do not lie in memory as they are worked on."""
+    if not layer.target.transposed:
+        return 0
+    return 2 * sources.tuned.checkpoint.tensors[layer.tensor].nbytes // layer.slices
 
 
 def _rows_at_once(sources: Sources, layer: LayerOnDisk, ring: int) -> int:

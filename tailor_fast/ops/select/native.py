@@ -198,27 +198,26 @@ def tensor_affine(
 
 def count_keys_(
     counts: torch.Tensor,
+    room: torch.Tensor,
     base: torch.Tensor,
     tuned: torch.Tensor,
     column_weight: torch.Tensor | None,
     scoring: Scoring,
     interval: KeyInterval,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[int, int]:
     """Count the digits of a pair's keys, and collect the keys inside an interval.
 
-    As in the reference; ``counts`` is int64 ``[65536]``, added to in place.
+    As in the reference; all of ``room`` may be written to.
     """
-    keys = torch.empty((base.numel(),), dtype=torch.int32)
     fault, found, above = _C.select_count(
         _describe(base, tuned, column_weight, scoring),
         *interval,
         counts.data_ptr(),
-        keys.data_ptr(),
+        room.data_ptr(),
         torch.get_num_threads(),
     )
     _require_finite(fault, scoring)
-    # The caller keeps what it is given: not the room for every key.
-    return (keys if found == keys.numel() else keys[:found].clone()), above
+    return found, above
 
 
 def mark_pair_(

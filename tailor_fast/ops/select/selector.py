@@ -19,7 +19,9 @@ from tailor_fast.ops.select.schema import ORDER
 from tailor_fast.ops.select.search import Found, ThresholdSearch
 
 OP = "TopKSelector"
-SLICE = 1 << 22  # elements counted at a time: what can be added to the keys held before a look
+# Elements counted at a time: what can be added to the keys held before a look. Fewer where little
+# memory is given, since all of them may have to be held for a moment.
+SLICE, LEAST_SLICE = 1 << 22, 1 << 16
 
 
 @dataclass(slots=True)
@@ -44,7 +46,8 @@ class TopKSelector:
     end: always for up to ``memory / 4`` elements, and for several times as many when the tensors
     observed first resemble the others (mix the depths of the model). Otherwise it takes two, and
     three only where more than ``memory / 4`` elements share the upper 16 bits of the threshold.
-    ``memory`` bounds what is kept between calls, a few numbers per tensor apart.
+    ``memory`` bounds what is kept between calls, a few numbers per tensor apart; ``finish`` lets go
+    of it when it returns True.
 
     A tensor may be given in chunks of rows, first to last, except with ``normalize="tensor"``,
     whose moments need the whole of it. An ``observe`` that meets NaN or infinity has counted a part
@@ -55,7 +58,8 @@ class TopKSelector:
         sensitivity: as in ``select_patch``.
         salience_weight: as in ``select_patch``.
         normalize: as in ``select_patch``; ``tensor`` is each tensor for itself.
-        memory: bytes of keys held at most.
+        memory: bytes of keys held at most; ``observe`` takes a quarter as many, or those of one
+            row, and some MiB beside them.
         backend: see ``tailor_fast.backends()``.
 
     Raises:
@@ -153,6 +157,8 @@ class TopKSelector:
                 got = "not at all" if done is None else f"{done} of {rows} rows"
                 fail(op, repr(name), "observed in this round", got)
         self._found = self._search.finish_round()
+        if self._found is not None:
+            self._search.drop()
         self._first_round = False
         self._observed = {}
         return self._found is not None
@@ -275,19 +281,20 @@ class TopKSelector:
         """Give the search every slice of rows; the interval it wants may shrink in between."""
         module, search = self._module(base), self._search
         if not base.numel():
-            search.add(name, torch.empty(0, dtype=torch.int32), 0)
+            search.add(name, 0, 0)
             return
         if scoring.normalize == "tensor":
             affine = module.tensor_affine(base, tuned, column_weight, scoring)
             scoring = scoring._replace(affine=affine)
-        step = max(1, SLICE // base.shape[1])
+        step = max(1, min(SLICE, max(LEAST_SLICE, search.budget // 4)) // base.shape[1])
         for row in range(0, base.shape[0], step):
             part = slice(row, row + step)
             at = scoring._replace(first_index=scoring.first_index + row * base.shape[1])
-            keys, above = module.count_keys_(
-                search.counts, base[part], tuned[part], column_weight, at, search.interval
+            room = search.room(base[part].numel())
+            found, above = module.count_keys_(
+                search.counts, room, base[part], tuned[part], column_weight, at, search.interval
             )
-            search.add(name, keys, above)
+            search.add(name, found, above)
 
 
 def _check_order(op: str, name: str, done: int, first_row: int) -> None:

@@ -214,13 +214,14 @@ def test_what_the_selector_calls(threads: int, set_num_threads: Callable[[int], 
             KeyInterval(None, 1 - 2**31, 2**31 - 1),
         ):
             counts = [torch.ones(65536, dtype=torch.int64) for _ in range(2)]
-            found = [
-                module.count_keys_(mine, base, tuned, c, scoring, interval)
-                for module, mine in zip((native, reference), counts, strict=True)
-            ]
+            rooms = [torch.empty(base.numel(), dtype=torch.int32) for _ in range(2)]
+            (found, above), other = (
+                module.count_keys_(mine, room, base, tuned, c, scoring, interval)
+                for module, mine, room in zip((native, reference), counts, rooms, strict=True)
+            )
             assert torch.equal(*counts)
-            assert torch.equal(found[0][0], found[1][0])
-            assert found[0][1] == found[1][1]
+            assert (found, above) == other
+            assert torch.equal(*(room[:found] for room in rooms))
         for key, take in itertools.product((low, high, 2**31 - 1), (0, 5, 10**6)):
             left = [torch.tensor([take]), torch.tensor([take])]
             threshold = torch.tensor([key], dtype=torch.int32)

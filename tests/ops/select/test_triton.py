@@ -300,13 +300,14 @@ def test_what_the_selector_calls(make: Callable[..., Any], normalize: str) -> No
         KeyInterval(None, LEAST, NO_KEY),
     ):
         counts = [torch.ones(65536, dtype=torch.int64) for _ in range(2)]
-        found = [
-            module.count_keys_(mine, base, tuned, c, scoring, interval)
-            for module, mine in zip((fast, reference), counts, strict=True)
-        ]
+        rooms = [torch.empty(base.numel(), dtype=torch.int32) for _ in range(2)]
+        (found, above), other = (
+            module.count_keys_(mine, room, base, tuned, c, scoring, interval)
+            for module, mine, room in zip((fast, reference), counts, rooms, strict=True)
+        )
         assert torch.equal(*counts)
-        assert torch.equal(found[0][0], found[1][0])
-        assert found[0][1] == found[1][1]
+        assert (found, above) == other
+        assert torch.equal(*(room[:found] for room in rooms))
     for key, take in itertools.product((low, high, NO_KEY), (0, 5, 10**6)):
         left = [torch.tensor([take]), torch.tensor([take])]
         threshold = torch.tensor([key], dtype=torch.int32)
@@ -330,7 +331,8 @@ def test_faults_of_what_the_selector_calls() -> None:
         ("mark_pair_", (plain, threshold, ties)),
     ):
         assert "nan at linear index 2170" in message_of(getattr(fast, name), base, tuned, c, *args)
-    args = counts, base, tuned, c, plain, KeyInterval(None, 0, 1)
+    room = torch.empty(base.numel(), dtype=torch.int32)
+    args = counts, room, base, tuned, c, plain, KeyInterval(None, 0, 1)
     assert "nan at linear index 2170" in message_of(fast.count_keys_, *args)
 
 

@@ -110,17 +110,20 @@ def _select_columns(
 
 def count_keys_(
     counts: torch.Tensor,
+    room: torch.Tensor,
     base: torch.Tensor,
     tuned: torch.Tensor,
     column_weight: torch.Tensor | None,
     scoring: Scoring,
     interval: KeyInterval,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[int, int]:
     """Count the digits of a pair's keys, and collect the keys inside an interval.
 
     Args:
         counts: int64 ``[65536]`` on cpu; added to in place. Counts the upper 16 bits (plus 32768)
             of every key, or the lower 16 bits of the keys whose upper 16 are ``interval.prefix``.
+        room: int32 on cpu, for as many keys as the pair has; its first ones become those that are
+            collected, in linear order.
         base: ``[rows, cols]``.
         tuned: ``[rows, cols]``.
         column_weight: float32 ``[cols]`` or None.
@@ -128,9 +131,9 @@ def count_keys_(
         interval: which keys to count and to collect.
 
     Returns:
-        The keys in ``[low, high]``, int32 on cpu, and how many lie above ``high``.
+        How many keys lie in ``[low, high]``, and how many above ``high``.
     """
-    found, above = [], 0
+    found = above = 0
     for keys in Pair(base, tuned, column_weight, scoring).key_chunks():
         flat = keys.flatten()
         if interval.prefix is None:
@@ -139,8 +142,10 @@ def count_keys_(
             digits = flat[(flat >> 16) == interval.prefix] & (DIGITS - 1)
         counts += torch.bincount(digits, minlength=DIGITS).cpu()
         above += int((flat > interval.high).count_nonzero())
-        found.append(flat[(flat >= interval.low) & (flat <= interval.high)].cpu())
-    return torch.cat(found), above
+        inside = flat[(flat >= interval.low) & (flat <= interval.high)]
+        room[found : found + inside.numel()] = inside
+        found += inside.numel()
+    return found, above
 
 
 def mark_pair_(

@@ -55,16 +55,19 @@ def tensor_affine(
 
 def count_keys_(
     counts: torch.Tensor,
+    room: torch.Tensor,
     base: torch.Tensor,
     tuned: torch.Tensor,
     column_weight: torch.Tensor | None,
     scoring: Scoring,
     interval: KeyInterval,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[int, int]:
     """Count the digits of a pair's keys, and collect the keys inside an interval.
 
     Args:
         counts: int64 ``[65536]`` on cpu, added to in place; which digits: see ``KeyInterval``.
+        room: int32 on cpu, for as many keys as the pair has; its first ones become those that are
+            collected, in linear order.
         base: ``[rows, cols]``.
         tuned: ``[rows, cols]``.
         column_weight: float32 ``[cols]`` or None.
@@ -72,11 +75,11 @@ def count_keys_(
         interval: which keys to count and to collect.
 
     Returns:
-        The keys in ``[low, high]``, int32 on cpu, and how many lie above ``high``.
+        How many keys lie in ``[low, high]``, and how many above ``high``.
     """
     keys = torch.empty(base.numel(), dtype=torch.int32, device=base.device)
     if not keys.numel():
-        return keys.cpu(), 0
+        return 0, 0
     pair = _moments(describe(base, tuned, column_weight, scoring), scoring).ordered("tensor")
     flags = torch.zeros(state.FLAGS.value + 1, dtype=torch.int64, device=base.device)
     found = torch.zeros((COPIES, DIGITS), dtype=torch.int32, device=base.device)
@@ -86,8 +89,10 @@ def count_keys_(
         refuse(pair, scoring)
     counts += found.sum(0).cpu()
     if interval.low > interval.high:
-        return keys[:0].cpu(), above
-    return keys[(keys >= interval.low) & (keys <= interval.high)].cpu(), above
+        return 0, above
+    inside = keys[(keys >= interval.low) & (keys <= interval.high)]
+    room[: inside.numel()] = inside
+    return inside.numel(), above
 
 
 def mark_pair_(
