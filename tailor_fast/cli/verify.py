@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tailor_fast._core.errors import UsageError
 from tailor_fast.cli.options import Quietable
 
 if TYPE_CHECKING:
@@ -34,23 +35,34 @@ class VerifyOptions(Quietable):
             show_default="where it was then; of a patch file: not compared",
         ),
     ] = None
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Look at files and headers only; needs no BASE."),
+    ] = False
 
 
 def verify(options: VerifyOptions) -> int:
     """Prove that every word that was not patched is BASE's, and files, index and k hold.
 
     Of a patch file: that its structure, counts and digests hold, and with --base that it turns BASE
-    into its target. Exit code 0 when everything holds, 1 when something is violated.
+    into its target. With --quick, what can be told without reading weights. Exit code 0 when
+    everything holds, 1 when something is violated.
     """
+    if options.quick and options.base is not None:
+        raise UsageError(
+            "--quick reads no weights, so that it compares none with --base; expected one of them"
+        )
     if options.out.is_file():
         return _verify_patch(options)
     from tailor_fast.cli.progress import shown
     from tailor_fast.patching.verify import verify_output
 
     with shown(options.quiet) as progress:
-        result = verify_output(options.out, base=options.base, progress=progress)
+        result = verify_output(
+            options.out, base=options.base, deep=not options.quick, progress=progress
+        )
     if not options.quiet:
-        _show(result)
+        _show(result, options)
     return _list(result.violations, options)
 
 
@@ -59,9 +71,11 @@ def _verify_patch(options: VerifyOptions) -> int:
     from tailor_fast.patchfile import verify_patch
 
     with shown(options.quiet) as progress:
-        result = verify_patch(options.out, base=options.base, progress=progress)
+        result = verify_patch(
+            options.out, base=options.base, deep=not options.quick, progress=progress
+        )
     if not options.quiet:
-        _show_patch(result)
+        _show_patch(result, options)
     return _list(result.violations, options)
 
 
@@ -81,9 +95,18 @@ def _verdict(violations: Sequence[str]) -> str:
     return f"{len(violations)} violations" if violations else "holds"
 
 
-def _show_patch(result: PatchVerification) -> None:
+def _show_quick(violations: Sequence[str]) -> None:
+    from tailor_fast.cli.tables import facts, show
+
+    show(facts({"verdict": _verdict(violations), "weights": "not read"}))
+
+
+def _show_patch(result: PatchVerification, options: VerifyOptions) -> None:
     from tailor_fast.cli.tables import facts, show, shown_size
 
+    if options.quick:
+        _show_quick(result.violations)
+        return
     reached = "the patch turns it into its target, bit for bit" if result.reached else None
     show(
         facts(
@@ -97,9 +120,12 @@ def _show_patch(result: PatchVerification) -> None:
     )
 
 
-def _show(result: VerifyResult) -> None:
+def _show(result: VerifyResult, options: VerifyOptions) -> None:
     from tailor_fast.cli.tables import facts, folded, share, show, shown_size, table
 
+    if options.quick:
+        _show_quick(result.violations)
+        return
     rows = folded(
         (tensor.name, "", (tensor.size, tensor.allowed, tensor.changed))
         for tensor in result.patched

@@ -59,6 +59,28 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
     return model
 
 
+def check_config(directory: Path) -> None:
+    """Check that transformers reads ``config.json``, where it has the class that this names.
+
+    A model of another library, of code of its own, or in LLaVA's own layout is not judged.
+
+    Raises:
+        InputError: transformers refuses it, or it is not JSON.
+    """
+    import transformers
+
+    named = named_classes(directory)
+    if not named or named[0] in ORIGINAL_CLASSES or not hasattr(transformers, named[0]):
+        return
+    try:
+        transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises what its parts raise
+        raise InputError(
+            f"{directory / 'config.json'}: transformers {transformers.__version__} cannot read it"
+            f" ({error}); expected the configuration of a {named[0]}"
+        ) from error
+
+
 def named_classes(directory: Path) -> list[str]:
     """Names of the model classes that ``config.json`` gives, the first of them the model's.
 

@@ -2,7 +2,8 @@
 
 Every byte of the output is read once, beside the same byte of the base: what was not patched equals
 base bit for bit, a patched tensor differs in at most its k words, no changed word is NaN or
-infinite, and files, headers, index and digests are those of the manifest.
+infinite, and files, headers, index and digests are those of the manifest. Where transformers has
+the model's class, it reads the configuration.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tailor_fast.checkpoint import (
     join_pair,
     open_checkpoint,
 )
+from tailor_fast.models.skeleton import check_config
 from tailor_fast.ops.select import kept_count
 from tailor_fast.patching.outputs import Output, read_output
 from tailor_fast.patching.recipe import Recipe
@@ -97,6 +99,7 @@ def verify_output(
     result = VerifyResult()
     _check_files(output, result)
     _check_budget(output, result)
+    _check_config(output, result)
     with ExitStack() as stack:
         try:
             ours = stack.enter_context(open_checkpoint(out))
@@ -126,6 +129,16 @@ def _base_path(output: Output, given: Path | None) -> Path:
         where = "it does not say" if recorded is None else f"no longer at {recorded}"
         raise UsageError(f"{output.path}: where is its base? {where}; give --base")
     return recorded
+
+
+def _check_config(output: Output, result: VerifyResult) -> None:
+    path = output.path / "config.json"
+    told = any(violation.startswith(str(path)) for violation in result.violations)
+    if path.exists() and not told:
+        try:
+            check_config(output.path)
+        except InputError as error:
+            result.violations.append(str(error))
 
 
 def _check_files(output: Output, result: VerifyResult) -> None:

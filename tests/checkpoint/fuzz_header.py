@@ -51,7 +51,8 @@ def main() -> None:
     for module in (strict_json, header, foreign, index, reader):
         for value in vars(module).values():
             if getattr(value, "__module__", "") == module.__name__:
-                for function in [value, *vars(value).values()]:
+                members = vars(value).values() if isinstance(value, type) else ()
+                for function in (value, *members):
                     if isinstance(function, FunctionType):
                         atheris.instrument_func(function)
     with TemporaryDirectory() as folder, memory_file() as file:

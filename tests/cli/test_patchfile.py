@@ -137,11 +137,14 @@ def test_verify_of_a_patch(tailor_fast: CommandLine, made: Made) -> None:
     raw = bytearray(patch.read_bytes())
     raw[-6] ^= 1
     patch.write_bytes(raw)
+    ran = tailor_fast("verify", patch, "--quick")  # does not read the word that flipped
+    assert (ran.code, ran.out.splitlines()) == (0, ["verdict  holds", "weights  not read"])
     ran = tailor_fast("verify", patch, "--base", base)
     assert ran.code == 1
     assert ran.out.splitlines()[0] == "verdict  1 violations"
     assert ran.out.splitlines()[-1].startswith(f"violated: {patch}: tensor 'steps': digest of its")
     patch.write_bytes(raw[:-1])
+    assert tailor_fast("verify", patch, "--quick", "-q").code == 1
     ran = tailor_fast("verify", patch, "-q")
     assert (ran.code, ran.err) == (1, "")
     assert ran.out.startswith(f"violated: {patch}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import resource
 import shutil
@@ -131,19 +132,19 @@ PEAK = """
 """
 
 
-def big_tensor(folder: Path, gigabytes: float) -> dict[str, int]:
-    """Peak resident MiB of each command on a pair whose one tensor has so many gigabytes."""
+def big_tensors(folder: Path, gigabytes: float) -> dict[str, int]:
+    """Peak resident MiB of each command on a pair whose two tensors have so many gigabytes each."""
     rows = int(gigabytes * 2**30) // 2 // 8192
-    layout = plan_layout(
-        [TensorSpec("model.proj.weight", "BF16", (rows, 8192))], max_shard_bytes=None
-    )
+    names = ("model.up_proj.weight", "model.down_proj.weight")
+    specs = [TensorSpec(name, "BF16", (rows, 8192)) for name in names]
+    layout = plan_layout(specs, max_shard_bytes=None)
     generator = torch.Generator().manual_seed(1)
     chunk = torch.randn(2**22, generator=generator).bfloat16()
     for name, scale in (("base", 1.0), ("tuned", 1.01)):
         with StagedFile(folder / f"{name}.safetensors", layout) as staged:
-            for begin in range(0, rows * 8192 * 2, chunk.nbytes):
+            for tensor, begin in itertools.product(names, range(0, rows * 8192 * 2, chunk.nbytes)):
                 part = chunk[: (rows * 8192 * 2 - begin) // 2]
-                staged.write("model.proj.weight", begin, (part * scale).contiguous())
+                staged.write(tensor, begin, (part * scale).contiguous())
             staged.commit()
     base, tuned, patch = (folder / f"{name}.safetensors" for name in ("base", "tuned", "patch"))
     found = {}

@@ -1,8 +1,8 @@
 """Every fault in turn, and a table of what was met: ``python -m tests.faults.run --out faults.md``.
 
 Sections may be run apart: the rows of each take the place of its own in the file.
-``--smoke`` takes a few of each and ends within a minute; without it, all of them, a quarter of an
-hour. A finding ends the run with its sentence.
+``--smoke`` takes a few of each and ends within a minute; without it, all of them, about two
+hours. A finding ends the run with its sentence.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from tests.faults.harness import Kind, Lab, build_shim
+from tests.faults.saved import SavedLab
 from tests.patching.disk import llama_pair, write_texts
 
 _PRELOADED = "TAILOR_FAULTS"
@@ -81,6 +82,8 @@ class Labs:
         self.over = self._lab(inputs, patch, old)
         self.fitted = self._lab(inputs, (*patch, "--calibration", str(data)))
         self.diff = self._lab(inputs, ("diff", str(base), str(tuned), "-o", "OUT"))
+        saving = (*patch, "--save-patch", "PATCH")
+        self.saved = SavedLab(inputs, root / "trial", saving)
         self.base, self.tuned = base, tuned
 
     def _lab(self, inputs: Path, arguments: tuple[str, ...], old: Path | None = None) -> Lab:
@@ -93,6 +96,7 @@ def _lab(labs: Labs, name: str) -> tuple[str, Lab]:
         "overwrite": ("with `--overwrite`", labs.over),
         "fitted": ("with calibration", labs.fitted),
         "diff": ("`diff`", labs.diff),
+        "saved": ("with `--save-patch`", labs.saved),
     }[name]
 
 
@@ -111,10 +115,8 @@ def kills(labs: Labs, effort: Effort, name: str) -> Iterator[Row]:
     from tests.faults import sweeps
 
     what, lab = _lab(labs, name)
-    step = 2 if name == "fitted" else 1
-    count = sweeps.kill_sweep(lab, step * effort.stride)
-    which = "each" if step == 1 else "every second"
-    yield f"kill -9 before and after {which} call, {what}", str(count), _met(lab)
+    count = sweeps.kill_sweep(lab, effort.stride)
+    yield f"kill -9 before and after each call, {what}", str(count), _met(lab)
 
 
 def resumed(labs: Labs, effort: Effort) -> Iterator[Row]:
@@ -150,8 +152,8 @@ def errors(labs: Labs, effort: Effort, name: str) -> Iterator[Row]:
 def short(labs: Labs, effort: Effort) -> Iterator[Row]:
     from tests.faults import sweeps
 
-    count = sweeps.short_sweep(labs.fresh, 2 * effort.stride)
-    yield "a write or a read takes half", str(count), "complete every time"
+    count = sweeps.short_sweep(labs.fresh, effort.stride)
+    yield "each write and each read takes half", str(count), "complete every time"
 
 
 def power(labs: Labs, effort: Effort, name: str) -> Iterator[Row]:
@@ -223,17 +225,18 @@ def memory(labs: Labs, effort: Effort) -> Iterator[Row]:
     yield "runs in one process", str(effort.runs), f"{kib} KiB more resident, {fds} files more open"
     if effort.gigabytes:
         with tempfile.TemporaryDirectory(dir=labs.root) as folder:
-            peaks = exactness.big_tensor(Path(folder), effort.gigabytes)
+            peaks = exactness.big_tensors(Path(folder), effort.gigabytes)
         assert max(peaks.values()) <= 700, f"peak resident MiB: {peaks}"
         met = ", ".join(f"{name} {peak} MiB" for name, peak in peaks.items())
-        yield f"one tensor of {effort.gigabytes:.0f} GiB streamed, peak resident", "1", met
+        what = f"two tensors of {effort.gigabytes:.0f} GiB each streamed, peak resident"
+        yield what, "1", met
 
 
 SECTIONS: dict[str, Callable[[Labs, Effort], Iterator[Row]]] = {
     "shim": seen,
     **{
         f"kills-{name}": partial(kills, name=name)
-        for name in ("new", "overwrite", "fitted", "diff")
+        for name in ("new", "overwrite", "fitted", "diff", "saved")
     },
     "kills-resumed": resumed,
     "kills-random": random,

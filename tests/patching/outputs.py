@@ -26,6 +26,7 @@ PATCHED = ("model.layers.0.q_proj.weight", "model.layers.1.q_proj.weight")
 ROWS, COLS = 32, 64
 DENSITY = 0.25
 KEPT = ROWS * COLS // 4
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def base_tensors() -> Tensors:
@@ -63,7 +64,7 @@ def save(folder: Path, tensors: Tensors) -> Path:
     """Write a base or tuned checkpoint of one file."""
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
 

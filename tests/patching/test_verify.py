@@ -13,6 +13,7 @@ from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast.patching import verify
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.verify import PatchedTensor, verify_output
+from tests.patching import outputs
 from tests.patching.outputs import DENSITY, KEPT, PATCHED, Tensors, base_tensors, make_output, save
 
 
@@ -150,6 +151,29 @@ def test_changed_missing_and_shortened_files_are_found(tmp_path: Path) -> None:
     (out / "config.json").unlink()
     (violation,) = verify_output(out).violations
     assert "config.json: No such file or directory; the manifest lists it" in violation
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "lama"}, "cannot read it"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is no list"),
+        ({"architectures": ["OtherForCausalLM"], "model_type": "other"}, None),
+    ],
+)
+def test_a_configuration_that_transformers_refuses_is_found(
+    config: dict[str, Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "CONFIG", config)
+    out = make_output(tmp_path)
+    for deep in (True, False):
+        violations = verify_output(out, deep=deep).violations
+        if said is None:  # not one of its models
+            assert violations == []
+        else:
+            (violation,) = violations
+            assert violation.startswith(f"{out / 'config.json'}: ")
+            assert said in violation
 
 
 def test_a_missing_shard_is_found(tmp_path: Path) -> None:
