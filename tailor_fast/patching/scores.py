@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tailor_fast._core.errors import InputError
@@ -11,7 +13,7 @@ from tailor_fast.ops.damping import MAX_PERCDAMP, climb
 from tailor_fast.patching.equations import positive_damping
 
 _PANEL = 512  # columns of an inverse that are formed at a time, at most
-_PANELS = 4  # of each process, at least: the last ones even the work out
+_PANELS = 4  # of the columns of one process of several: half of a panel's square is zeros
 
 
 def column_weight(
@@ -40,8 +42,12 @@ def column_weight(
         ValueError: the moments do not hold what the sensitivity needs.
     """
     if sensitivity == "obs" and isinstance(new, Moments):
-        factor = factor_of(new.gram, positive_damping(new.diag, percdamp), where)
-        return inverse_diagonal(factor, processes).reciprocal_().float()
+        damping = positive_damping(new.diag, percdamp)
+        if processes.count == 1:
+            diagonal = inverse_diagonal(factor_of(new.gram, damping, where))
+        else:
+            diagonal = _shared_diagonal(new.gram, damping, where, processes)
+        return diagonal.reciprocal_().float()
     weight = _own_weight(sensitivity, new, old, percdamp, where)
     with processes.exchange():
         processes.gather()
@@ -74,28 +80,53 @@ def _own_weight(
     return diagonal.square().float()
 
 
-def inverse_diagonal(factor: torch.Tensor, processes: Processes = ALONE) -> torch.Tensor:
-    """Diagonal of ``(L Lᵀ)⁻¹`` for a lower factor ``L``, ``[cols]`` in its dtype.
+def inverse_diagonal(factor: torch.Tensor, first: int = 0, width: int = _PANEL) -> torch.Tensor:
+    """Diagonal of ``(L Lᵀ)⁻¹`` for a lower factor ``L`` ``[cols, cols]``, in its dtype.
 
-    Several processes take some of the columns each, and all get the same words, in fp64: one
-    machine may have needed it for its factor where another has not.
+    Args:
+        factor: ``L``; only what is below and right of ``first`` is read.
+        first: the column to begin with.
+        width: how many columns of ``L⁻¹`` are formed at a time.
+
+    Returns:
+        The diagonal from ``first`` on, ``[cols - first]``.
     """
-    cols, count = factor.shape[0], processes.count
-    diagonal = factor.new_zeros(cols)
-    width = _PANEL if count == 1 else max(1, min(_PANEL, cols // (_PANELS * count)))
-    for number, start in enumerate(range(0, cols, width)):
-        # 0 1 1 0 0 1 1 0: the later a panel, the less work it is.
-        turn = number % (2 * count)
-        if min(turn, 2 * count - 1 - turn) != processes.rank:
-            continue
+    cols = factor.shape[0]
+    diagonal = factor.new_zeros(cols - first)
+    for start in range(first, cols, width):
         # These columns of L⁻¹ are zero above their panel: a third of the work of all of L⁻¹.
         panel = factor.new_zeros((cols - start, min(width, cols - start)))
         panel.diagonal().fill_(1)
         inverse = torch.linalg.solve_triangular(factor[start:, start:], panel, upper=False)
-        diagonal[start : start + width] = inverse.square_().sum(0)
-    if count == 1:
-        return diagonal
-    whole = diagonal.double()
+        begin = start - first
+        diagonal[begin : begin + width] = inverse.square_().sum(0)
+    return diagonal
+
+
+def _shared_diagonal(
+    gram: torch.Tensor, damping: float, where: str, processes: Processes
+) -> torch.Tensor:
+    """Diagonal of ``(gram + λI)⁻¹``, float64 ``[cols]``, the same words in all processes.
+
+    Each process turns its own columns to the end. Their part of the inverse needs only the last
+    square of that order's factor: of two processes, each forms an eighth of what it would of the
+    whole, and not a half.
+    """
+    cols = gram.shape[0]
+    own = processes.share(cols)
+    size = own.stop - own.start
+    while True:
+        factor, used = _damped_factor(gram, damping, where, turn=own.stop)
+        with processes.exchange():
+            told = [value for (value,) in processes.gather(used)]
+        damping = max(told)
+        if damping == min(told):
+            break
+        del factor  # an order of the columns may need more damping than another: all take the most
+    width = max(1, min(_PANEL, size // _PANELS))
+    whole = torch.zeros(cols, dtype=torch.float64, device=gram.device)
+    whole[own] = inverse_diagonal(factor, cols - size, width).double()
+    del factor
     with processes.exchange():
         processes.gather()
         processes.add([whole])
@@ -108,23 +139,36 @@ def factor_of(gram: torch.Tensor, damping: float, where: str) -> torch.Tensor:
     Raises:
         InputError: the Gram is not finite, or no damping that is tried gives a factor.
     """
+    return _damped_factor(gram, damping, where)[0]
+
+
+def _damped_factor(
+    gram: torch.Tensor, damping: float, where: str, turn: int = 0
+) -> tuple[torch.Tensor, float]:
+    """``factor_of`` with the first ``turn`` columns moved behind the others, and the λ it took."""
     if not bool(gram.sum(dtype=torch.float64).isfinite()):
         row, column = gram.isfinite().logical_not_().nonzero()[0].tolist()
         raise InputError(
             f"{where}: its Gram must be finite; got {gram[row, column].item()} at"
             f" [{row}, {column}]. Hint: look for inputs of the layer that overflow its dtype"
         )
-    found = climb(where, gram, damping, _cholesky)
+    found = climb(where, gram, damping, partial(_cholesky, turn=turn))
     if found is None:
         raise InputError(
             f"{where}: its Gram is not positive definite with a damping of {MAX_PERCDAMP:g} of its"
             " mean diagonal; expected more calibration tokens, or a larger percdamp"
         )
-    return found[0]
+    return found
 
 
-def _cholesky(gram: torch.Tensor, damping: float, dtype: torch.dtype) -> torch.Tensor | None:
-    damped = gram.to(dtype, copy=True)
+def _cholesky(
+    gram: torch.Tensor, damping: float, dtype: torch.dtype, turn: int
+) -> torch.Tensor | None:
+    damped = torch.empty_like(gram, dtype=dtype)
+    rest = gram.shape[0] - turn  # turned in one copy: ``roll`` would make one for each dimension
+    for rows, old_rows in ((slice(rest), slice(turn, None)), (slice(rest, None), slice(turn))):
+        damped[rows, :rest] = gram[old_rows, turn:]
+        damped[rows, rest:] = gram[old_rows, :turn]
     damped.diagonal().add_(damping)
     lower, info = torch.linalg.cholesky_ex(damped)
     factor: torch.Tensor = lower
