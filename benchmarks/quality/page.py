@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality import (
+    cells,
     defaults,
     defaults_table,
     goals,
@@ -11,6 +12,8 @@ from benchmarks.quality import (
     report,
     sequence,
     stitching_table,
+    target,
+    target_table,
 )
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.report import Line, Spread
@@ -179,6 +182,10 @@ def _defaults(path: Path) -> str:
     )
 
 
+def _target(path: Path) -> str:
+    return target_table.table(list(cells.read(path))) if path.exists() else "Not measured yet."
+
+
 def render(folder: Path = RESULTS) -> str:
     """Return the page; a protocol that was not measured is left out."""
     lines = report.summarise(report.measured(folder))
@@ -192,6 +199,7 @@ def render(folder: Path = RESULTS) -> str:
     template = Path(__file__).with_name("page.template.md").read_text(encoding="utf-8")
     told = template.replace("{sections}", "\n\n".join(sections))
     told = told.replace("{defaults}", _defaults(folder / defaults.OUT.name))
+    told = told.replace("{target}", _target(folder / target.OUT.name))
     return told.replace("{goals}", goals.table(lines))
 
 

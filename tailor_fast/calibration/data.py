@@ -14,7 +14,7 @@ from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.prepared import hash_prepared, is_tensors, read_prepared
 from tailor_fast.calibration.streamed import run_dtype
 from tailor_fast.models.inputs import load_processor, make_batches
-from tailor_fast.models.samples import count_samples, hash_samples, read_samples
+from tailor_fast.models.samples import Part, count_samples, hash_samples, read_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,10 +63,10 @@ def read_data(
     if is_tensors(path):
         read = read_prepared(path, model, options, run_dtype(model), share)
         moved = [batch.to(device) for batch in read.batches]
-        note = _note(path, read.samples, read.found)
+        note = _note(path, read.samples, read.found, options)
         return Data(moved, read.samples, read.sha256, note, read.first)
     found = count_samples(path)
-    samples = read_samples(path, most=options.samples)
+    samples = read_samples(path, most=options.samples, part=options.part)
     first = 0
 
     def counted(size: int) -> slice:
@@ -85,21 +85,24 @@ def read_data(
         config=model.config,
         share=counted,
     )
-    note = _note(path, len(samples), found)
+    note = _note(path, len(samples), found, options)
     moved = [batch.to(device) for batch in batches]
     return Data(moved, len(samples), hash_samples(samples), note, first)
 
 
-def hash_data(path: Path, most: int | None) -> str:
-    """Return the SHA-256 (hex) of what ``most`` samples of a data file are read from.
+def hash_data(path: Path, most: int | None, part: Part = "all") -> str:
+    """Return the SHA-256 (hex) of what ``most`` samples of a data file's part are read from.
 
     Raises:
         InputError: the file is malformed or cannot be read.
     """
     if is_tensors(path):
-        return hash_prepared(path, most)
-    return hash_samples(read_samples(path, most=most))
+        return hash_prepared(path, most, part)
+    return hash_samples(read_samples(path, most=most, part=part))
 
 
-def _note(path: Path, used: int, found: int) -> str:
-    return f"{path.name}: {used} of {found} samples are used, evenly spaced" if used < found else ""
+def _note(path: Path, used: int, found: int, options: RunOptions) -> str:
+    if used == found:
+        return ""
+    how = {"all": "used, evenly spaced", "fitted": "fitted on", "held": "held back"}[options.part]
+    return f"{path.name}: {used} of {found} samples are {how}"

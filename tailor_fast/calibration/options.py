@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tailor_fast._core.errors import UsageError
 from tailor_fast.checkpoint import ResumeMode
 from tailor_fast.models.inputs import Tokens
+from tailor_fast.models.samples import Part
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class RunOptions:
         tokens: which tokens of a sample count: ``all`` but padding, those of its ``answer``, or
             padding too, as in the authors' script (``official``); ``asked`` is ``answer`` where
             samples have one and ``all`` where not.
+        part: which samples of each data file: ``all``, or, of a file cut in two, those that are
+            ``fitted`` on or those that are ``held`` back to measure on, as ``target_old`` does.
     """
 
     device: str = "cpu"
@@ -43,6 +46,7 @@ class RunOptions:
     samples: int | None = 128
     max_length: int = 2048
     tokens: Tokens = "all"
+    part: Part = "all"
 
     def refuse_max_vram(self, job: str) -> None:
         """Refuse a bound that nothing would keep.

@@ -30,6 +30,7 @@ from tailor_fast.checkpoint import (
 )
 from tailor_fast.models.encoding import InputBatch, ModelInfo, NamedBatch, cast
 from tailor_fast.models.inputs import Tokens
+from tailor_fast.models.samples import Part, part_of
 from tailor_fast.models.tokens import TOKEN_MASK
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def read_prepared(
     with ExitStack() as stack:
         places = _places(stack, path)
         found = sum(place.rows for place in places)
-        places = _thinned(places, options.samples)
+        places = _chosen(path, places, options.samples, options.part)
         mine = range(len(places))[share(len(places))]
         for index, place in enumerate(places):
             batch = place.read()
@@ -171,7 +172,7 @@ def read_prepared(
     return Prepared(batches, samples, found, digest.hexdigest(), mine.start)
 
 
-def hash_prepared(path: Path, most: int | None) -> str:
+def hash_prepared(path: Path, most: int | None, part: Part = "all") -> str:
     """Return the SHA-256 (hex) of the batches that ``most`` samples leave; see ``read_prepared``.
 
     Raises:
@@ -179,7 +180,7 @@ def hash_prepared(path: Path, most: int | None) -> str:
     """
     digest = hashlib.sha256()
     with ExitStack() as stack:
-        for place in _thinned(_places(stack, path), most):
+        for place in _chosen(path, _places(stack, path), most, part):
             _update(digest, place.read())
     return digest.hexdigest()
 
@@ -215,6 +216,12 @@ def _of(file: Checkpoint) -> list[_Place]:
         _Place(file, number, names, (*file.tensors[names["input_ids"]].shape, 0)[0])
         for number, names in sorted(batches.items())
     ]
+
+
+def _chosen(path: Path, places: list[_Place], most: int | None, part: Part) -> list[_Place]:
+    if part == "all":
+        return _thinned(places, most)
+    return [places[index] for index in part_of(path, [p.rows for p in places], most, part)]
 
 
 def _thinned(places: list[_Place], most: int | None) -> list[_Place]:

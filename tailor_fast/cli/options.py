@@ -164,8 +164,7 @@ class RecipeOptions:
         float | None,
         typer.Option(
             metavar="W",
-            help="Weight of the base model's answers on old data.",
-            show_default="measured on --retain",
+            help="Weight of the base model's answers on old data; left out, it is measured.",
             rich_help_panel=_DECORATE,
         ),
     ] = None

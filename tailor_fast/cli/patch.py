@@ -14,7 +14,7 @@ from tailor_fast.cli.plan import PlanOptions, plan
 
 if TYPE_CHECKING:
     from tailor_fast._core.processes import Processes
-    from tailor_fast.patching.report import Report
+    from tailor_fast.patching.report import Found, Report
 
 
 class ResumeMode(StrEnum):
@@ -118,6 +118,7 @@ def _run(options: PatchOptions, processes: Processes) -> Report:
             calibration=options.calibration,
             retain=options.retain,
             statistics=options.statistics,
+            target_old=options.target_old,
             options=settings,
             progress=progress,
             processes=processes,
@@ -135,6 +136,8 @@ def _show(report: Report, options: PatchOptions) -> None:
         f" {len(report.linears)} layers"
     )
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in report.seconds.items())
+    if report.target_old is not None:
+        show(_tried(report.target_old) + "\n")
     show(
         facts(
             {
@@ -148,6 +151,25 @@ def _show(report: Report, options: PatchOptions) -> None:
                 "notes": "\n".join(report.notes) or None,
             }
         )
+    )
+
+
+def _tried(found: Found) -> str:
+    """The recipes whose models were made, as a table; the one that was taken has a star."""
+    from tailor_fast.cli.tables import table
+
+    return table(
+        ("tried", "density", "retain weight", "old kept", "±", "new kept", "±"),
+        [
+            (
+                f"{number}{'*' if one == found.chosen else ''}",
+                f"{one.point.density:g}",
+                f"{one.point.retain_weight:g}",
+                *(f"{100 * value:.2f}%" for value in (one.old, one.old_error)),
+                *(f"{100 * value:.2f}%" for value in (one.new, one.new_error)),
+            )
+            for number, one in enumerate(found.tried, 1)
+        ],
     )
 
 

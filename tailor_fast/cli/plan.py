@@ -23,6 +23,15 @@ class PlanOptions(RecipeOptions, DataOptions, BatchOptions, Quietable):
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="OUT", help="Directory of the patched model.")
     ]
+    target_old: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Search density and retain weight, where they are not given, for what keeps most"
+            " of the new task while held-back samples of old ones keep this share: 0.99.",
+            rich_help_panel="How it is adjusted",
+        ),
+    ] = None
     max_vram: Annotated[
         str | None,
         typer.Option(
@@ -48,6 +57,7 @@ def plan(options: PlanOptions) -> None:
         calibration=options.calibration,
         retain=options.retain,
         statistics=options.statistics,
+        target_old=options.target_old,
         options=run_options(options),
     )
     if not options.quiet:

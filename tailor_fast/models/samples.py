@@ -13,13 +13,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from tailor_fast._core.errors import InputError
 
 _PROMPT_KEYS = ("prompt", "answer", "answers", "images")
 _IMAGE_KEYS = ("path", "url", "image")  # where transformers' chat format holds an image's place
 _REMOTE = ("http:", "https:", "ftp:", "data:", "s3:", "gs:", "hf:")
+
+Part = Literal["all", "fitted", "held"]
+HELD_LEAST, HELD_MOST = 64, 256  # samples of a file that are held back
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,14 @@ def count_samples(path: Path) -> int:
     return found
 
 
-def read_samples(path: Path, *, most: int | None = None) -> list[Sample]:
+def read_samples(path: Path, *, most: int | None = None, part: Part = "all") -> list[Sample]:
     """Read a data file; blank lines do not count as samples.
 
     Args:
         path: JSONL file in UTF-8.
         most: read only so many samples, evenly spaced, because files are often sorted by task; None
             reads all. Lines in between are neither parsed nor kept.
+        part: ``all``, or one of the two parts of ``part_of``.
 
     Returns:
         The samples in the file's order, at least one.
@@ -78,14 +82,68 @@ def read_samples(path: Path, *, most: int | None = None) -> list[Sample]:
             of the two forms, or an image is missing; the message names the line.
     """
     found = count_samples(path)
-    taken = found if most is None else min(most, found)
-    wanted = {index * found // taken for index in range(taken)}
+    if part == "all":
+        taken = found if most is None else min(most, found)
+        wanted = {index * found // taken for index in range(taken)}
+    else:
+        wanted = set(part_of(path, [1] * found, most, part))
     lines = (line for line in _lines(path) if line[1].strip())
     return [
         _LineReader(path, number).read(text)
         for index, (number, text) in enumerate(lines)
         if index in wanted
     ]
+
+
+def scattered(count: int) -> list[int]:
+    """All places below ``count``, in an order whose every stretch lies evenly among them.
+
+    It is that of the multiples of the golden ratio modulo 1, so that a stretch has its share of a
+    file that is sorted by task and of one in which tasks take turns, where even spacing may meet
+    one task alone.
+    """
+    return sorted(range(count), key=lambda place: place * 618_033_989 % 1_000_000_000)
+
+
+def part_of(path: Path, sizes: Sequence[int], most: int | None, part: Part) -> list[int]:
+    """The places of what is fitted on, or of what is held back and shares no sample with it.
+
+    Of a file's samples, those that ``most`` leaves are held back, but at least ``HELD_LEAST`` and
+    at most ``HELD_MOST``; without ``most``, a quarter.
+
+    Args:
+        path: the file, for messages.
+        sizes: samples at each place: 1, or those of a batch.
+        most: fit on so many samples at most.
+        part: ``fitted`` or ``held``.
+
+    Raises:
+        InputError: there are less than twice ``HELD_LEAST`` samples, or batches are too large.
+    """
+    found = sum(sizes)
+    if found < 2 * HELD_LEAST:
+        raise InputError(
+            f"{path}: holds {found} samples; expected at least {2 * HELD_LEAST} where a target is"
+            f" searched for, {HELD_LEAST} to fit on and {HELD_LEAST} to measure on; give more"
+        )
+    wanted = found * 3 // 4 if most is None else most
+    held = min(HELD_MOST, max(HELD_LEAST, found - wanted))
+    limit = min(wanted, found - held)
+    parts: dict[str, list[int]] = {"held": [], "fitted": []}
+    measured = fitted = 0
+    for place in scattered(len(sizes)):
+        if measured < held:
+            parts["held"].append(place)
+            measured += sizes[place]
+        elif fitted + sizes[place] <= limit:
+            parts["fitted"].append(place)
+            fitted += sizes[place]
+    if not parts["fitted"]:
+        raise InputError(
+            f"{path}: no batch is left to fit on when {measured} of {found} samples are held back;"
+            f" expected one of at most {limit} samples; write smaller batches"
+        )
+    return sorted(parts[part])
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from tailor_fast.patching.records import add_records
 from tailor_fast.patching.report import Report
 from tailor_fast.patching.resuming import Ledger
 from tailor_fast.patching.sources import BLOCK_BYTES, Sources
+from tailor_fast.patching.targeting import plan_target, search_target
 
 
 def patch_checkpoint(
@@ -38,6 +40,7 @@ def patch_checkpoint(
     calibration: PathLike | None = None,
     statistics: PathLike | None = None,
     retain: PathLike | None = None,
+    target_old: float | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
@@ -59,6 +62,10 @@ def patch_checkpoint(
             selects by salience alone and decorates nothing.
         statistics: what ``calibrate`` wrote for ``tuned`` on the new task, instead of samples.
         retain: samples of old tasks, or what ``calibrate`` wrote for ``base`` on them.
+        target_old: share of the base model's score on old tasks that is to be kept, such as 0.99:
+            density and retention weight, where ``recipe`` leaves them open, are those that keep
+            most of the new task within it, as measured on samples of both that are held back; the
+            report says what was found. Without it, ``recipe`` is run as it is.
         options: device, memory and the like.
         progress: told about each step.
         processes: what ``join_processes`` yields, to do it together with others: all give the same
@@ -69,16 +76,26 @@ def patch_checkpoint(
         The report that is also written to ``out``.
 
     Raises:
-        InputError: a file is missing, malformed, or does not fit the others.
+        InputError: a file is missing, malformed, or does not fit the others; or no recipe keeps
+            ``target_old``.
         UsageError: the recipe and the data at hand contradict each other.
         OutputError: ``out`` exists, is locked, or may not be written.
         PeerError: another process failed.
         StorageError: reading or writing failed half way.
         StoppedError: stopped by Ctrl-C when something was finished, which is kept.
     """
-    job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress, held)
-    job.join(processes)
     start = time.perf_counter()
+    request = _request(base, tuned, out, recipe, calibration, statistics, retain, options)
+    found = None
+    if target_old is not None:
+        search = (target_old, request, processes, progress)
+        request, found = search_target(*search, patch_checkpoint)
+    job = Job(request, progress, held)
+    if found is not None:
+        job.report.target_old = found
+        job.report.notes.append(str(found))
+        job.report.seconds["search"] = time.perf_counter() - start
+    job.join(processes)
     with job.opened() as (sources, layout):
         if processes.rank > 0:
             job.follow(sources, layout)
@@ -135,6 +152,7 @@ def plan_patch(
     calibration: PathLike | None = None,
     statistics: PathLike | None = None,
     retain: PathLike | None = None,
+    target_old: float | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> PatchPlan:
@@ -143,14 +161,19 @@ def plan_patch(
     Raises:
         TailorError: what the run would refuse, as far as headers and data show it.
     """
-    job = _job(base, tuned, out, recipe, calibration, statistics, retain, options, progress)
+    request = _request(base, tuned, out, recipe, calibration, statistics, retain, options)
+    notes: tuple[str, ...] = ()
+    if target_old is not None:
+        request, sentence = plan_target(target_old, request, ALONE)
+        notes = (sentence,)
+    job = Job(request, progress)
     with job.opened() as (sources, layout):
         inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
         overwrite = job.request.options.overwrite
         StagedCheckpoint.check(out, layout, overwrite=overwrite, inputs=inputs)
         plan = job.plan(sources, layout)
         _check_data(sources, job.request)
-        return plan
+        return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _check_data(sources: Sources, request: Request) -> None:
@@ -166,7 +189,7 @@ def _check_data(sources: Sources, request: Request) -> None:
         read_data(path, processor, model, request.options, torch.device("cpu"))
 
 
-def _job(
+def _request(
     base: PathLike,
     tuned: PathLike,
     out: PathLike,
@@ -175,14 +198,10 @@ def _job(
     statistics: PathLike | None,
     retain: PathLike | None,
     options: RunOptions | None,
-    progress: Progress | None,
-    held: Held | None = None,
-) -> Job:
+) -> Request:
     new, sums, old = (None if p is None else Path(p) for p in (calibration, statistics, retain))
     recipe, options = recipe or Recipe(), options or RunOptions()
-    ours, theirs = local_path(base), local_path(tuned)
-    request = Request(ours, theirs, Path(out), recipe, new, sums, old, options)
-    return Job(request, progress, held)
+    return Request(local_path(base), local_path(tuned), Path(out), recipe, new, sums, old, options)
 
 
 def _describe(sources: Sources, staged: StagedCheckpoint, job: Job, picture: bytes) -> None:

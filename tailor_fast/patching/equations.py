@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tailor_fast._core.extension import load_extension
+from tailor_fast._core.transfer import panels
 from tailor_fast.calibration.moments import Moments
 from tailor_fast.ops.damping import damping_of
 
@@ -161,7 +162,7 @@ def answer_terms(
         if delta is not None:
             energy += 2.0 * _inner(moved, delta)
         rhs += moved
-        energy += _energy(weight, m.error_gram)
+        energy += quadratic(weight, m.error_gram)
         mean += weight @ m.error_mean
     if shift is not None:
         rhs.addr_(shift, m.mean)
@@ -174,18 +175,15 @@ def _product(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     if weight.device.type == "cpu":
         return _multiply(weight, matrix)
     out = torch.zeros_like(weight)
-    for begin in range(0, len(matrix), _PANEL):
-        rows = slice(begin, begin + _PANEL)
-        out.addmm_(weight[:, rows], matrix[rows].to(weight.device))
+    for rows, panel in panels(matrix, _PANEL, weight.device):
+        out.addmm_(weight[:, rows], panel)
     return out
 
 
-def _energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+def quadratic(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """``<W G, W>`` of a symmetric ``gram``, which may lie in the host's memory: panel by panel."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for begin in range(0, len(gram), _PANEL):
-        columns = slice(begin, begin + _PANEL)
-        panel = gram[columns].to(weight.device)
+    for columns, panel in panels(gram, _PANEL, weight.device):
         total += _inner(_multiply(weight, panel.t()), weight[:, columns])
     return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +72,7 @@ class Job:
         recipe: as it is run with the data at hand.
         report: filled in.
         processes: do the run together; process 0 writes.
+        make_solver: gives what solves each group.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Job:
     ) -> None:
         self.request = request
         self._held = held
-        self.progress = progress or Silent()
-        self.processes = ALONE
+        self.processes, self.progress = ALONE, progress or Silent()
+        self.make_solver: Callable[..., Solver] = Solver
         self.report = Report(request.recipe.model_dump())
         self._stack = ExitStack()
         self._statistics: Statistics | None = None
@@ -223,7 +224,7 @@ class Job:
         units = self._units(sources, targets)
         if self.recipe.retain_weight is None:
             self.recipe = self._settled(sources, plan)
-        solver = Solver(self.recipe, weights, targets, units, self.report, processes)
+        solver = self.make_solver(self.recipe, weights, targets, units, self.report, processes)
         if plan.device is not None:
             solver.solved_at_once = plan.device.placement.solved_at_once
         if processes.rank == 0:

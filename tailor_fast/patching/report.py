@@ -40,15 +40,85 @@ class LinearReport:
         return self.kept / max(1, self.rows * self.cols)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A recipe as the statistics see it; errors are means over layers.
+
+    Attributes:
+        density: as in ``Recipe``.
+        retain_weight: likewise.
+        left: output error that the patch leaves on the new task, over the base model's.
+        caused: output error that it causes on old tasks, over the tuned model's.
+    """
+
+    density: float
+    retain_weight: float
+    left: float
+    caused: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A recipe whose model was made, and what it keeps on samples that were held back.
+
+    Attributes:
+        point: the recipe.
+        old: score on old tasks, over that of the base model.
+        old_error: standard error of ``old``.
+        new: score on the new task, over that of the tuned model.
+        new_error: standard error of ``new``.
+    """
+
+    point: Point
+    old: float
+    old_error: float
+    new: float
+    new_error: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for a recipe found.
+
+    Attributes:
+        target_old: share of the base model's score on old tasks that was to be kept.
+        chosen: the recipe that was taken.
+        tried: every recipe whose model was made, in this order.
+        grid: every recipe that the statistics told of.
+        held_old: samples of old tasks that were held back and measured on.
+        held_new: those of the new task.
+    """
+
+    target_old: float
+    chosen: Tried
+    tried: tuple[Tried, ...]
+    grid: tuple[Point, ...]
+    held_old: int
+    held_new: int
+
+    def __str__(self) -> str:
+        point, best = self.chosen.point, self.chosen
+        return (
+            f"target_old {self.target_old:g}: density {point.density:g} and retain_weight"
+            f" {point.retain_weight:g} keep {best.old:.4f} ± {best.old_error:.4f} of old tasks and"
+            f" {best.new:.4f} ± {best.new_error:.4f} of the new one on {self.held_old} and"
+            f" {self.held_new} samples that were held back"
+        )
+
+
 @dataclass
 class Report:
-    """A whole run: the recipe, each layer, seconds per stage, and what was done differently."""
+    """A whole run: the recipe, each layer, seconds per stage, and what was done differently.
+
+    ``target_old`` says how the recipe was found, where one was searched for.
+    """
 
     recipe: dict[str, Any]
     linears: list[LinearReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     processes: int = 1  # that did the run together
+    target_old: Found | None = None
 
     @property
     def targeted(self) -> int:

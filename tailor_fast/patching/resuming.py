@@ -94,7 +94,7 @@ def _data(path: Path, options: RunOptions) -> object:
     if is_statistics(path):
         with open_checkpoint(path) as statistics:
             return _checkpoint(statistics)
-    return hash_data(path, options.samples)
+    return hash_data(path, options.samples, options.part)
 
 
 def _sha256(path: Path) -> str:

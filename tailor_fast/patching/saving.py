@@ -40,6 +40,7 @@ def patch_to_file(
     calibration: PathLike | None = None,
     statistics: PathLike | None = None,
     retain: PathLike | None = None,
+    target_old: float | None = None,
     options: RunOptions | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
@@ -61,6 +62,7 @@ def patch_to_file(
         calibration: as for ``patch_checkpoint``; so are the arguments below.
         statistics: likewise.
         retain: likewise.
+        target_old: likewise.
         options: likewise; ``overwrite`` holds for both outputs.
         progress: likewise.
         processes: likewise; process 0 alone writes the patch.
@@ -77,6 +79,7 @@ def patch_to_file(
         "calibration": calibration,
         "statistics": statistics,
         "retain": retain,
+        "target_old": target_old,
         "progress": progress,
         "processes": processes,
     }

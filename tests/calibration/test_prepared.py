@@ -18,7 +18,7 @@ from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.statfile import open_statistics
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
-from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
+from tailor_fast.patching.checkpoints import Recipe, patch_checkpoint, plan_patch
 from tests.models.zoo import FAMILIES, save_family
 from tests.patching.disk import llama_pair, write_texts
 
@@ -46,10 +46,12 @@ def test_batches_of_the_processor_give_the_words_of_the_samples(
     save_batches(made[:1], folder / "a.safetensors")
     save_batches(made[1:], folder / "b.safetensors")
     options = RunOptions(batch_size=2)
-    patch_checkpoint(*pair, tmp_path / "lines", calibration=data, retain=data, options=options)
+    recipe = Recipe(retain_weight=0.1)  # answers, by which it is measured, are marked in one only
+    given = {"calibration": data, "retain": data}
+    patch_checkpoint(*pair, tmp_path / "lines", recipe, **given, options=options)
     given = {"calibration": folder, "retain": folder}
-    plan_patch(*pair, tmp_path / "out", **given)
-    patch_checkpoint(*pair, tmp_path / "out", **given)
+    plan_patch(*pair, tmp_path / "out", recipe, **given)
+    patch_checkpoint(*pair, tmp_path / "out", recipe, **given)
     for file in (tmp_path / "lines").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 

@@ -1,5 +1,6 @@
 """Each command: what it asks of the library, and what it prints."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Library:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.error: Exception | None = None
+        # What takes the name from there must have taken the real one before.
+        importlib.import_module("tailor_fast.patching.saving")
         monkeypatch.setattr(checkpoints, "patch_checkpoint", self.patch)
         monkeypatch.setattr(checkpoints, "plan_patch", self.plan)
 
@@ -93,6 +96,7 @@ def test_patch_hands_everything_on(tailor_fast: CommandLine, library: Library) -
             "calibration": Path("new.jsonl"),
             "retain": Path("old.jsonl"),
             "statistics": Path("stats"),
+            "target_old": None,
             "options": RunOptions(batch_size=2, overwrite=True),
             "processes": ALONE,
         },
@@ -213,6 +217,24 @@ def test_verify_says_what_is_violated_and_exits_1(tailor_fast: CommandLine, tmp_
     assert quiet.err == ""
     assert quiet.out.startswith("violated: ")
     assert quiet.out.count("\n") == 1
+
+
+def test_verify_quick_reads_no_weights(tailor_fast: CommandLine, tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        tensors[PATCHED[0]].view(-1)[3] = float("nan")
+
+    out = make_output(tmp_path, plant=plant)
+    ran = tailor_fast("verify", out, "--quick")
+    assert ran.code == 0
+    assert ran.out.splitlines() == ["verdict  holds", "weights  not read"]
+    with (out / "model.safetensors.index.json").open("ab") as index:
+        index.write(b" ")
+    ran = tailor_fast("verify", out, "--quick", "-q")
+    assert ran.code == 1
+    assert "model.safetensors.index.json: " in ran.out
+    ran = tailor_fast("verify", out, "--quick", "--base", tmp_path)
+    assert ran.code == 2
+    assert "compares none with --base; expected one of them" in ran.err
 
 
 def test_verify_of_no_output_is_bad_input(tailor_fast: CommandLine, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_texts(folder / "new.jsonl", count=8)
     write_texts(folder / "new2.jsonl", count=8, seed=11)
     write_texts(folder / "old.jsonl", count=8, seed=9)
+    for name, seed in (("many-new", 12), ("many-old", 13)):
+        write_texts(folder / f"{name}.jsonl", count=128, seed=seed)
     save_adapter(folder / "ADAPTER", factors("model.layers.0.self_attn.q_proj", 32, 32))
     upstream_checkout(folder)
     return folder

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 
 from tailor_fast._core.errors import InputError
-from tailor_fast.models.samples import count_samples, hash_samples, read_samples
+from tailor_fast.models.samples import (
+    HELD_LEAST,
+    HELD_MOST,
+    Part,
+    count_samples,
+    hash_samples,
+    part_of,
+    read_samples,
+    scattered,
+)
+
+PARTS: tuple[Part, Part] = ("fitted", "held")
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -47,6 +58,63 @@ def test_samples_are_taken_from_the_whole_file(tmp_path: Path) -> None:
     assert count_samples(path) == 10
     for most, expected in ((1, "0"), (2, "05"), (3, "036"), (10, "0123456789"), (99, "0123456789")):
         assert "".join(sample.prompt for sample in read_samples(path, most=most)) == expected
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("turns", [True, False])
+def test_what_is_held_back_has_every_task_alike(tasks: int, turns: bool) -> None:
+    """Files that take turns among tasks, and files sorted by task."""
+    for part in PARTS:
+        places = part_of(Path("data"), [1] * 480, 240, part)
+        task_of = [place % tasks if turns else place * tasks // 480 for place in places]
+        counts = [task_of.count(task) for task in range(tasks)]
+        assert max(counts) - min(counts) <= 0.2 * len(places) / tasks
+
+
+@pytest.mark.parametrize(
+    ("found", "most", "fitted", "held"),
+    [
+        (128, None, 64, 64),
+        (128, 128, 64, 64),
+        (300, 128, 128, 172),
+        (1000, 128, 128, 256),
+        (2000, None, 1500, 256),
+        (400, None, 300, 100),
+    ],
+)
+def test_how_many_are_held_back(found: int, most: int | None, fitted: int, held: int) -> None:
+    parts = [part_of(Path("data"), [1] * found, most, part) for part in PARTS]
+    assert [len(part) for part in parts] == [fitted, held]
+    assert HELD_LEAST <= held <= HELD_MOST
+    assert parts == [sorted(part) for part in parts]
+    assert not set(parts[0]) & set(parts[1])
+    assert scattered(found)[:held] != list(range(held))
+
+
+def test_batches_are_held_back_whole() -> None:
+    sizes = [8, 24, 16, 8] * 8
+    fitted, held = (part_of(Path("data"), sizes, 128, part) for part in PARTS)
+    assert not set(fitted) & set(held)
+    assert 256 <= sum(sizes[place] for place in held) < 256 + 24
+    assert 104 < sum(sizes[place] for place in fitted) <= 128
+
+
+def test_too_few_samples_to_hold_some_back_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"prompt": str(i)} for i in range(127)))
+    with pytest.raises(InputError, match="holds 127 samples; expected at least 128 where a target"):
+        read_samples(path, part="held")
+    assert len(read_samples(path)) == 127
+    with pytest.raises(InputError, match="no batch is left to fit on when 200 of 200 samples are"):
+        part_of(path, [200], None, "fitted")
+
+
+def test_both_parts_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"prompt": str(i)} for i in range(130)), "")
+    fitted, held = (
+        [sample.prompt for sample in read_samples(path, most=60, part=part)] for part in PARTS
+    )
+    assert (len(fitted), len(held)) == (60, 70)
+    assert len({*fitted, *held}) == 130
 
 
 def test_lines_in_between_are_not_read(tmp_path: Path) -> None:

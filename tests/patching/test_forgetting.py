@@ -135,7 +135,7 @@ def test_images_and_prepared_batches(tmp_path: Path) -> None:
         for batch in batches
     ]
     assert settled(*models, labels)[0] == weight
-    save_batches(tmp_path / "old.safetensors", labels)
+    save_batches(labels, tmp_path / "old.safetensors")
     report = patch_checkpoint(
         base,
         tuned,

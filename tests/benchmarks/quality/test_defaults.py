@@ -18,7 +18,10 @@ from tests.benchmarks.quality.conftest import INSTANT
 
 FEW = Choice("few", samples=4)
 USUAL = replace(DEFAULTS, samples=8)
-QUIET: Any = lambda line: None  # noqa: E731
+
+
+def quiet(_line: str) -> None:
+    """Say nothing."""
 
 
 def cell(protocol: str, seed: int, choice: Choice, value: float, retain: bool = True) -> Cell:
@@ -64,7 +67,7 @@ def test_a_run_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench, "PROMPTS", {"validation": 6})
     monkeypatch.setattr(defaults, "CHOICES", {False: (USUAL, FEW), True: (USUAL,)})
     path = tmp_path / "cells.csv"
-    cells = list(defaults.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), QUIET))
+    cells = list(defaults.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), quiet))
     assert [(one.key.row, one.key.setting) for one in cells] == [
         ("new data only", '{"samples": 8}'),
         ("new data only", '{"samples": 4}'),
@@ -74,7 +77,7 @@ def test_a_run_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {one.key.split for one in cells} == {"validation"}
 
     monkeypatch.setattr(defaults, "Bench", None)  # nothing is left to measure
-    again = list(defaults.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), QUIET))
+    again = list(defaults.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), quiet))
     assert again == cells
     defaults.save(cells, tmp_path / "table.csv", "one command")
     assert defaults.load(tmp_path / "table.csv") == cells
@@ -91,13 +94,14 @@ def test_the_samples_of_a_choice_reach_the_solve(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(defaults, "tailor_model", tailored)
 
-    class Found:
-        base = tuned = None
-        old_tasks = ("what", "parity")
-        new_task = "next"
-        family = PROTOCOLS["hard-next"].family
-
+    found: Any = SimpleNamespace(
+        base=None,
+        tuned=None,
+        old_tasks=("what", "parity"),
+        new_task="next",
+        family=PROTOCOLS["hard-next"].family,
+    )
     choice = Choice("x", {"percdamp": 0.5}, samples=5)
     for retain in (False, True):
-        defaults._tailored(Found, choice, retain, 0)  # type: ignore[arg-type]
+        defaults._tailored(found, choice, retain, 0)
     assert seen == [(5, 0), (5, 2)]
