@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -40,19 +40,18 @@ def in_memory(base: Path, tuned: Path, kind: Any, recipe: Recipe, data: tuple[Pa
     """What ``tailor_model`` gives for the same pair and data."""
     models = [kind.from_pretrained(path, dtype="auto") for path in (base, tuned)]
     processor = load_processor(tuned)
-    new, old = (
-        None
-        if path is None
-        else make_batches(
-            read_samples(path),
-            processor,
-            batch_size=4,
-            max_length=2048,
-            dtype=models[0].dtype,
-            config=models[0].config,
-        )
-        for path in data
-    )
+
+    def batches(path: Path, tokens: Literal["all", "answer"] = "all") -> list[Any]:
+        how = {"batch_size": 4, "max_length": 2048, "config": models[0].config}
+        dtype = models[0].dtype
+        return list(make_batches(read_samples(path), processor, dtype=dtype, tokens=tokens, **how))
+
+    new, old = (None if path is None else batches(path) for path in data)
+    for batch, answers in zip(
+        old or (), batches(data[1], "answer") if data[1] else (), strict=True
+    ):
+        # By them the retention weight is measured.
+        batch["labels"] = torch.where(answers["token_mask"], batch["input_ids"], -100)
     return tailor_model(*models, new, recipe, retain_batches=old)
 
 
