@@ -17,6 +17,7 @@ from tailor_fast.checkpoint.errors import (
 from tailor_fast.checkpoint.files import output_error
 
 ELSEWHERE = "choose another OUT"
+OVERWRITE = "or overwrite it (--overwrite, overwrite=True)"
 
 
 def take_lock(path: Path, out: Path) -> int:

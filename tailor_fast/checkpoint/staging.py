@@ -26,7 +26,7 @@ from tailor_fast.checkpoint.files import durable_error, list_names, output_error
 from tailor_fast.checkpoint.index import INDEX_SUFFIX, SUFFIX
 from tailor_fast.checkpoint.journal import Journal, Past, Resume, read_journal, what_changed
 from tailor_fast.checkpoint.leftovers import JOURNAL, allocated, journal_of, remove
-from tailor_fast.checkpoint.places import ELSEWHERE, check_apart, check_parent, take_lock
+from tailor_fast.checkpoint.places import ELSEWHERE, OVERWRITE, check_apart, check_parent, take_lock
 from tailor_fast.checkpoint.signals import signals_held
 from tailor_fast.checkpoint.syscalls import ASIDE, exchange, rename_new
 
@@ -152,7 +152,7 @@ class Staging:
         if not os.path.lexists(self.out):
             return
         if not self._overwrite:
-            remedy = f"{ELSEWHERE} or allow it to be overwritten"
+            remedy = f"{ELSEWHERE} {OVERWRITE}"
             raise OutputExistsError("exists already", path=self.out, remedy=remedy)
         fits = self.out.is_dir() if self._directory else self.out.is_file()
         if self.out.is_symlink() or not fits:

@@ -100,7 +100,7 @@ class PredictionFile(Closing):
                 return False
             raise UsageError(
                 f"{self.path}: holds predictions of {_difference(found, header)}; expected the"
-                " same; choose another place, or allow it to be overwritten"
+                " same; choose another place or overwrite them (--overwrite, overwrite=True)"
             )
         for number, line in enumerate(lines, 2):
             entry = self._parse(line, number)

@@ -65,7 +65,7 @@ class Destination:
         """
         check_name(self.patch)
         if self.patch.exists() and not self._overwrite:
-            remedy = "choose another place, or allow it to be overwritten"
+            remedy = "choose another place, or overwrite it (overwrite=True)"
             raise OutputExistsError("exists already", path=self.patch, remedy=remedy)
         with open_checkpoint(self.base) as base:
             with split_experts(model):

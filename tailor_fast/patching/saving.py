@@ -18,6 +18,7 @@ from tailor_fast.checkpoint import (
     open_tuned,
 )
 from tailor_fast.checkpoint.errors import shown_path
+from tailor_fast.checkpoint.places import ELSEWHERE, OVERWRITE
 from tailor_fast.models import names_as_stored
 from tailor_fast.patchfile.diffing import check_name, write_patch
 from tailor_fast.patchfile.writer import GrowingFile
@@ -116,7 +117,7 @@ def _exists(
         return error
     command = f"tailor-fast diff {shown_path(base)} {shown_path(out)} -o {shown_path(patch)}"
     remedy = f"if only its patch is missing, run `{command}`, which writes the same; or"
-    remedy += " choose another OUT or allow it to be overwritten"
+    remedy += f" {ELSEWHERE} {OVERWRITE}"
     return OutputExistsError("exists already", path=out, remedy=remedy)
 
 

@@ -81,7 +81,8 @@ def test_existing_out(tmp_path: Path, kind: str) -> None:
         old_checkpoint(out)
     else:
         out.symlink_to(tmp_path if kind == "link" else "nowhere")
-    assert "exists already; choose another OUT or allow" in refused(out, OutputExistsError)
+    message = refused(out, OutputExistsError)
+    assert "exists already; choose another OUT or overwrite it (--overwrite, " in message
 
 
 def test_overwrite_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
