@@ -45,6 +45,7 @@ _HOMES = {
     "stitch_checkpoints": "stitching",
     "tailor_model": "patching",
 }
+_MODULES = ("batch", "errors", "evaluation", "integrations", "ops")
 
 __all__ = [
     "CalibrationReport",
@@ -68,7 +69,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
+    """Import a public name or module when it is first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"tailor_fast.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'tailor_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(f"tailor_fast.{_HOMES[name]}"), name)
@@ -76,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Public names, imported or not."""
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

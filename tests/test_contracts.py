@@ -4,6 +4,8 @@ import ast
 import inspect
 import io
 import re
+import subprocess
+import sys
 import tokenize
 import tomllib
 from importlib import import_module, metadata
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import tailor_fast
+from tailor_fast import errors
 from tailor_fast._core.extension import load_extension
 from tailor_fast.ops import OPS
 from tests.source_tree import PACKAGE, ROOT, files, parse
@@ -66,6 +69,36 @@ def test_the_public_names_are_these() -> None:
     assert sorted(tailor_fast.__all__) == sorted(PUBLIC)
     for name in PUBLIC:
         assert getattr(tailor_fast, name) is not None
+
+
+@pytest.mark.parametrize("module", ["batch", "errors", "evaluation", "integrations", "ops"])
+def test_public_modules_are_there_without_an_import_of_their_own(module: str) -> None:
+    assert getattr(tailor_fast, module) is import_module(f"tailor_fast.{module}")
+    assert module in dir(tailor_fast)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_are_there_without_an_import_of_their_own(op: str) -> None:
+    code = f"import tailor_fast; print(tailor_fast.ops.{op}.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == f"tailor_fast.ops.{op}\n"
+
+
+@pytest.mark.parametrize("name", ["tailor_fast", "tailor_fast.ops"])
+def test_an_unknown_name_is_named(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nonsense'"):
+        _ = import_module(name).nonsense
+
+
+def test_every_error_that_ends_a_job_is_public() -> None:
+    kinds = [errors.TailorError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    homes = {"tailor_fast._core.errors"}
+    ours = {kind.__name__ for kind in kinds if kind.__module__ in homes}
+    assert ours == set(errors.__all__)
 
 
 def test_every_folder_of_ops_is_an_op() -> None:

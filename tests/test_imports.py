@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "_core": {"_version"},
     "testing": set(),
+    "errors": FLOOR,
     "bench": OPS,
     "batch": JOBS,
     "ops": OPS,

@@ -4,6 +4,7 @@ Importing an op registers it with torch; a backend is imported when it is first 
 """
 
 import importlib
+from types import ModuleType
 
 import torch
 
@@ -31,3 +32,10 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
             for device, names in order.items()
         }
     return result
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import an op when it is first used."""
+    if name not in OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
