@@ -120,6 +120,13 @@ class Report:
     processes: int = 1  # that did the run together
     target_old: Found | None = None
 
+    def __repr__(self) -> str:
+        """The totals: a line a layer would fill pages."""
+        return (
+            f"Report(kept {self.kept} of {self.targeted} weights in {len(self.linears)} layers,"
+            f" seconds={self.seconds.get('total', 0.0):.3g}, notes={self.notes})"
+        )
+
     @property
     def targeted(self) -> int:
         """Weights in the patched layers."""

@@ -48,6 +48,11 @@ class Tailored:
     patch: dict[str, EncodedPatch]
     report: Report
 
+    def __repr__(self) -> str:
+        """One line: modules and patches print every layer and every word."""
+        kind = type(self.model).__name__
+        return f"Tailored(model={kind}, patch of {len(self.patch)} tensors, report={self.report})"
+
 
 def tailor_model(
     base_model: nn.Module,

@@ -119,6 +119,17 @@ def test_untouched_parameters_come_from_where_the_recipe_says() -> None:
             assert torch.equal(patched[name], original[name])
 
 
+def test_a_result_prints_in_one_line() -> None:
+    base, tuned = pair(Toy())
+    result = tailor_model(base, tuned, None, Recipe(density=0.1))
+    report = result.report
+    assert repr(result).startswith(
+        f"Tailored(model=Toy, patch of {len(LAYERS)} tensors, report=Report(kept {report.kept} of"
+        f" {report.targeted} weights in {len(LAYERS)} layers, seconds="
+    )
+    assert repr(result).endswith("notes=['no data: salience only, nothing decorated']))")
+
+
 def test_padding_never_counts() -> None:
     base, tuned = pair(Toy())
     batches = token_batches()
