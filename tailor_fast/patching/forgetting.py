@@ -8,8 +8,7 @@ in the two models. The end of an answer does not count, which hardly any fine-tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +19,15 @@ from greenlet import getcurrent
 from torch import nn
 
 from tailor_fast._core.processes import Processes
-from tailor_fast.calibration.groups import discover
-from tailor_fast.calibration.lockstep import Batch, Lockstep, Site, Stream, run_all
-from tailor_fast.calibration.spill import ActivationSpill
-from tailor_fast.calibration.streamed import StreamedModel
+from tailor_fast.calibration.lockstep import Batch, Stream
 from tailor_fast.models import caller
-from tailor_fast.models.residency import output_head
 from tailor_fast.models.tokens import TOKEN_MASK
+from tailor_fast.patching.asking import ROWS, Run, UnaskableError, asked_at_head, head_of
 from tailor_fast.patching.recipe import DEFAULT_RETAIN, MEASURED_RETAIN, Recipe
 from tailor_fast.patching.report import Report
 
-_ROWS = 256  # of which logits exist at a time
 _NO_LABEL = -100
-Run = Callable[[Stream], None]
 Words = npt.NDArray[np.int64]
-
-
-class _UnknownError(Exception):
-    """What a model would say cannot be asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ def settle_retain_weight(
         pairs = list(zip(*words, strict=True))
         found = Forgotten(sum(int((a != b).sum()) for a, b in pairs), sum(len(a) for a, _ in pairs))
         why = ""
-    except _UnknownError as unknown:
+    except UnaskableError as unknown:
         found, why = Forgotten(0, 0), str(unknown)
     counts = processes.gather_json([found.changed, found.asked, why])
     found = Forgotten(sum(count[0] for count in counts), sum(count[1] for count in counts))
@@ -92,33 +82,10 @@ def settle_retain_weight(
     return recipe.model_copy(update={"retain_weight": weight})
 
 
-def run_in_memory(stream: Stream) -> None:
-    """Run every batch, one after the other."""
-    for _ in run_all(stream):
-        pass
-
-
-def run_by_blocks(streamed: StreamedModel, spill: ActivationSpill | None) -> Run:
-    """How a model on disk is run: all batches at the same block, which is read once."""
-
-    def run(stream: Stream) -> None:
-        if not stream.batches:
-            return
-        plain = Stream(stream.name, stream.model, stream.batches, caller(stream.model))
-        sites = discover(plain, (), streamed.residency.blocks).sites
-        streamed.residency.release()
-        with Lockstep([stream], sites, spill=spill) as lockstep:
-            for site in (*sites, Site(len(sites))):  # the last is never reached
-                lockstep.gather(site)
-        streamed.residency.release()
-
-    return run
-
-
 def _words(model: nn.Module, batches: Sequence[Batch], run: Run) -> list[Words]:
     """The most likely tokens of each batch's asked places, ``[places]``."""
     asked = _Asked(model)
-    with asked.at_head():
+    with asked_at_head(asked.head, asked.places, asked.show):
         run(Stream("asked", model, batches, asked.call))
     return [asked.words[id(batch)] for batch in batches]
 
@@ -127,34 +94,31 @@ class _Asked:
     """Calls a model on batches, and keeps what it would say at their asked places."""
 
     def __init__(self, model: nn.Module) -> None:
-        head = output_head(model)
-        if head is None:
-            raise _UnknownError(f"{type(model).__name__} has no output head")
-        self._head, self._run = head, caller(model, with_head=True)
+        self.head, self._run = head_of(model), caller(model, with_head=True)
         get_text: Any = getattr(getattr(model, "config", None), "get_text_config", None)
         text = get_text() if callable(get_text) else None
         self._two = bool(getattr(text, "is_encoder_decoder", False))
         ends = getattr(text, "eos_token_id", None)
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
-        self._places: dict[Any, torch.Tensor] = {}  # by the lane that runs
+        self.places: dict[Any, torch.Tensor] = {}  # by the lane that runs
         self._found: dict[Any, Words] = {}
         self.words: dict[int, Words] = {}  # by the batch
 
     def call(self, module: nn.Module, batch: Batch) -> None:
         """Run one batch to its end."""
         lane = getcurrent()
-        self._places[lane] = self._asked_places(batch)
+        self.places[lane] = self._asked_places(batch)
         self._run(module, batch)
-        self._places.pop(lane, None)
+        self.places.pop(lane, None)
         if lane not in self._found:
-            raise _UnknownError(f"{type(module).__name__} does not call its output head")
+            raise UnaskableError(f"{type(module).__name__} does not call its output head")
         self.words[id(batch)] = self._found.pop(lane)
 
     def _asked_places(self, batch: Batch) -> torch.Tensor:
         """Bool ``[batch, length]``, where the next token belongs to an answer."""
         prefix = "decoder_" if self._two else ""
         if not isinstance(batch, Mapping) or f"{prefix}input_ids" not in batch:
-            raise _UnknownError(f"a batch has no {prefix}input_ids")
+            raise UnaskableError(f"a batch has no {prefix}input_ids")
         ids = batch[f"{prefix}input_ids"]
         labels, mask = batch.get("labels"), batch.get(TOKEN_MASK)
         if labels is not None and labels.shape == ids.shape and not self._two:
@@ -168,28 +132,9 @@ class _Asked:
             counted = counted & (ids != end)
         return nn.functional.pad(counted[:, 1:], (0, 1))
 
-    @contextmanager
-    def at_head(self) -> Iterator[None]:
-        """Ask the output head for those places alone, few at a time."""
-
-        def ask(head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-            lane, hidden = getcurrent(), args[0]
-            places = self._places.pop(lane, None)
-            if places is None:
-                return None
-            if hidden.shape[:-1] != places.shape:
-                raise _UnknownError(
-                    f"the model answers at {list(hidden.shape[:-1])} places for"
-                    f" {list(places.shape)} tokens"
-                )
-            asked = hidden[places.to(hidden.device)]
-            found = [head.forward(rows).argmax(-1) for rows in asked.split(_ROWS)]
-            # No tensor: those that outlive their lane may be spilled with it.
-            self._found[lane] = torch.cat(found).cpu().numpy().copy()
-            return (hidden[:, :0],)
-
-        handle = self._head.register_forward_pre_hook(ask)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def show(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Ask the head, few places at a time; it need not see them again."""
+        found = [self.head.forward(rows).argmax(-1) for rows in hidden.split(ROWS)]
+        # No tensor: those that outlive their lane may be spilled with it.
+        self._found[getcurrent()] = torch.cat(found).cpu().numpy().copy()
+        return hidden[:0]

@@ -10,27 +10,34 @@ of it, so that it would hide half of what is lost of answers of one token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from greenlet import getcurrent
 from torch import nn
 
 from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast.calibration.data import read_data
-from tailor_fast.calibration.groups import discover
-from tailor_fast.calibration.lockstep import Lockstep, Site, Stream
+from tailor_fast.calibration.lockstep import Site, Stream
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.streamed import StreamedModel, attach, run_dtype
 from tailor_fast.models import Residency, caller, find_targets
 from tailor_fast.models.tokens import TOKEN_MASK
-
-_ROWS = 256  # logits that are in fp32 at a time
+from tailor_fast.patching.asking import (
+    ROWS,
+    UnaskableError,
+    asked_at_head,
+    block_sites,
+    head_of,
+    run_by_blocks,
+)
 
 
 class HeldBack:
@@ -47,7 +54,7 @@ class HeldBack:
         samples: how many.
 
     Raises:
-        InputError: there are too few samples, or one has no answer.
+        InputError: there are too few samples, one has no answer, or the model has no head.
         UsageError: ``options.max_ram`` is less than the largest block and the head take.
     """
 
@@ -55,14 +62,20 @@ class HeldBack:
         self, path: Path, processor: Path, model: StreamedModel, options: RunOptions, spill: Path
     ) -> None:
         self._path, self._spill = path, spill
+        try:
+            head = head_of(model.model)
+        except UnaskableError as error:
+            raise InputError(
+                f"{error}; expected a model that answers in tokens where a target is searched for"
+            ) from error
         self._two = bool(model.model.config.get_text_config().is_encoder_decoder)
         asked = replace(options, part="held", tokens="all" if self._two else "answer")
         data = read_data(path, processor, model.model, asked, torch.device(options.device))
         self._batches, self.samples = data.batches, data.samples
         self._budget = None
         if options.max_ram is not None:
-            self._budget = options.max_ram - _check(options.max_ram, model.model)
-        self._sites: list[Site] | None = None
+            self._budget = options.max_ram - _check(options.max_ram, model.model, head)
+        self._sites: Sequence[Site] | None = None
 
     def ask(self, model: StreamedModel) -> Answers:
         """Run every sample through ``model``; each of its blocks is read once."""
@@ -70,20 +83,22 @@ class HeldBack:
         stream = Stream("held back", model.model, self._batches, answers.call)
         with ExitStack() as stack:
             attach(stack, model)
-            if self._sites is None:  # the same in every model of the kind
-                plain = replace(stream, call=caller(model.model))
-                blocks = model.residency.blocks
-                self._sites = list(discover(plain, (), blocks).sites)
-                model.residency.release()
-            stack.enter_context(answers.at_head())
+            if self._sites is None:
+                self._sites = block_sites(model, self._batches)
             spill = None
             if self._budget is not None:
                 spill = ActivationSpill(self._budget, self._spill)
                 stack.callback(spill.close)
-            with Lockstep([stream], self._sites, spill=spill) as lockstep:
-                for site in (*self._sites, Site(len(self._sites))):  # the last is never reached
-                    lockstep.gather(site)
-        return Answers(torch.cat([answers.scores[id(batch)] for batch in self._batches]))
+            stack.enter_context(asked_at_head(answers.head, answers.places, lambda hidden: hidden))
+            try:
+                run_by_blocks(model, spill, self._sites)(stream)
+            except UnaskableError as error:
+                raise InputError(
+                    f"{self._path}: {error}; expected one answer a token; prepare the batches as"
+                    " the model sees them"
+                ) from error
+        scores = [answers.scores[id(batch)] for batch in self._batches]
+        return Answers(torch.from_numpy(np.concatenate(scores)))
 
 
 class Answers:
@@ -121,23 +136,23 @@ class _Asked:
     """Calls a model on lanes' batches, and keeps each sample's score."""
 
     def __init__(self, two: bool, model: nn.Module, where: str) -> None:
-        self._two, self._model, self._where = two, model, where
-        self._wanted: dict[Any, torch.Tensor] = {}  # by the lane that runs
-        self.scores: dict[int, torch.Tensor] = {}  # by the batch
+        self._two, self._where = two, where
+        self.head, self._run = head_of(model), caller(model, with_head=True)
+        self.places: dict[Any, torch.Tensor] = {}  # by the lane that runs
+        self.scores: dict[int, npt.NDArray[np.float64]] = {}  # by the batch
 
     def call(self, module: nn.Module, batch: Any) -> None:
         """Run one batch to its end."""
         ids, mask = self._tokens(batch)
-        wanted = nn.functional.pad(mask[:, 1:], (0, 1))  # each token is answered one place earlier
-        self._wanted[getcurrent()] = wanted
-        kept = {key: value for key, value in batch.items() if key not in (TOKEN_MASK, "labels")}
-        logits = module(**kept, use_cache=False).logits
-        logits = logits.reshape(-1, logits.shape[-1])
+        # Each token is answered one place earlier.
+        wanted = self.places[getcurrent()] = nn.functional.pad(mask[:, 1:], (0, 1))
+        output: Any = self._run(module, batch)
+        logits = output.logits.flatten(0, -2)
         words = ids[:, 1:][mask[:, 1:]]
         sums = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
         samples = wanted.nonzero()[:, 0]
         for rows, right, owner in zip(
-            logits.split(_ROWS), words.split(_ROWS), samples.split(_ROWS), strict=True
+            logits.split(ROWS), words.split(ROWS), samples.split(ROWS), strict=True
         ):
             found = rows.float().log_softmax(-1).gather(1, right[:, None])[:, 0]
             sums.index_add_(0, owner, found.exp().double())
@@ -147,7 +162,8 @@ class _Asked:
                 " expected finite logits; check the checkpoint and its dtype"
             )
         counts = wanted.sum(1).clamp_min(1)
-        self.scores[id(batch)] = (sums / counts).cpu()
+        # No tensor: those that outlive their lane may be spilled with it.
+        self.scores[id(batch)] = (sums / counts).cpu().numpy().copy()
 
     def _tokens(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids ``[batch, length]``, and bool of the same shape where a token counts."""
@@ -162,27 +178,6 @@ class _Asked:
         # Moved one to the right, so that the token that ends an answer is not among them.
         return batch["decoder_input_ids"], batch["decoder_attention_mask"].bool()
 
-    @contextmanager
-    def at_head(self) -> Iterator[None]:
-        """Let the output head see those tokens alone that are asked for."""
-        head = head_of(self._model)
-
-        def select(_module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            hidden, wanted = args[0], self._wanted.pop(getcurrent())
-            if hidden.shape[:-1] != wanted.shape:
-                raise InputError(
-                    f"{self._where}: the model answers at {list(hidden.shape[:-1])} places for"
-                    f" {list(wanted.shape)} tokens; expected one answer a token; prepare the"
-                    " batches as the model sees them"
-                )
-            return (hidden[wanted][None],)
-
-        handle = head.register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
-
 
 def _without_last(mask: torch.Tensor) -> torch.Tensor:
     """``mask``, bool ``[batch, length]``, without the last of each row's places if it has more."""
@@ -190,28 +185,12 @@ def _without_last(mask: torch.Tensor) -> torch.Tensor:
     return mask & ~(last & (mask.sum(1, keepdim=True) > 1))
 
 
-def head_of(model: nn.Module) -> nn.Module:
-    """The output head of a language model.
-
-    Raises:
-        InputError: it has none.
-    """
-    get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if not isinstance(head, nn.Module):
-        raise InputError(
-            f"{type(model).__name__} has no output head; expected a model that answers in tokens"
-            " where a target is searched for"
-        )
-    return head
-
-
-def _check(limit: int, model: Any) -> int:
+def _check(limit: int, model: Any, head: nn.Module) -> int:
     """Bytes of the largest block and of the head, which ``limit`` must hold."""
     names = [target.name for target in find_targets(model)]
     most = max(Residency.most_resident(model, names).values(), default=0)
-    head = sum(parameter.numel() for parameter in head_of(model).parameters())
-    taken = (most + head) * run_dtype(model).itemsize
+    words = sum(parameter.numel() for parameter in head.parameters())
+    taken = (most + words) * run_dtype(model).itemsize
     if taken > limit:
         raise UsageError(
             f"max_ram of {limit} bytes is too little: the largest block and the output head, by"

@@ -24,10 +24,11 @@ from tailor_fast.calibration.statfile import Statistics, is_statistics, open_sta
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
 from tailor_fast.checkpoint import Held, Layout, Resume, StagedCheckpoint, plan_layout
 from tailor_fast.models import Target, caller
+from tailor_fast.patching.asking import run_by_blocks
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
 from tailor_fast.patching.fitting import fit_device, spill_of
-from tailor_fast.patching.forgetting import run_by_blocks, settle_retain_weight
+from tailor_fast.patching.forgetting import settle_retain_weight
 from tailor_fast.patching.gathered import solve_from_statistics
 from tailor_fast.patching.holding import hold_base
 from tailor_fast.patching.inputs import Given, resolve

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from tailor_fast._core.errors import InputError, UsageError
 from tailor_fast.calibration.options import RunOptions
@@ -19,7 +24,7 @@ from tailor_fast.checkpoint import Checkpoint, Hashed, open_checkpoint
 from tailor_fast.models import map_keys
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
-from tailor_fast.patching.heldback import Answers, HeldBack, head_of
+from tailor_fast.patching.heldback import Answers, HeldBack
 from tests.models.processors import t5, text_tokenizer
 from tests.patching.disk import llama_pair, llava_pair, write_scenes, write_texts
 
@@ -149,11 +154,35 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     data.write_text(data.read_text().replace(', "answer": "a b"', ""))
     with pytest.raises(InputError, match="has no answer; tokens 'answer' needs one"):
         ask(base, data)
-    with pytest.raises(InputError, match="Linear has no output head; expected a model that answe"):
-        head_of(torch.nn.Linear(2, 2))
     nothing = Answers(torch.zeros(64, dtype=torch.float64))
     with pytest.raises(InputError, match=r"gives the right answers .* no probability"):
         nothing.over(nothing)
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = llama_pair(tmp_path, blocks=1)
+    data = write_texts(tmp_path / "data.jsonl", 130)
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda _self: None)
+    with pytest.raises(InputError, match="ForCausalLM has no output head; expected a model that"):
+        ask(base, data)
+
+
+def test_a_model_that_answers_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a head sees other places than tokens, what is asked for is not what it says."""
+    base, _ = llama_pair(tmp_path, blocks=1)
+    data = write_texts(tmp_path / "data.jsonl", 130)
+    forward = LlamaModel.forward
+
+    def shorter(self: Any, **inputs: Any) -> Any:
+        found = forward(self, **inputs)
+        found.last_hidden_state = found.last_hidden_state[:, 1:]
+        return found
+
+    monkeypatch.setattr(LlamaModel, "forward", shorter)
+    with pytest.raises(InputError, match=r"data.jsonl: the model answers at .* places for .*; exp"):
+        ask(base, data)
 
 
 def test_the_error_of_a_ratio_is_that_of_drawing_again() -> None:
