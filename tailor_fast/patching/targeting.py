@@ -13,9 +13,8 @@ Classification and Regression Trees, 1984, section 3.4.3).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +26,8 @@ from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.calibration.statfile import is_statistics
 from tailor_fast.calibration.streamed import StreamedModel
 from tailor_fast.checkpoint import Hashed, Layout, StagedCheckpoint, open_checkpoint
+from tailor_fast.checkpoint.leftovers import remove
+from tailor_fast.checkpoint.staging import Staging
 from tailor_fast.patching.grid import GridJob, choices_of, front_of
 from tailor_fast.patching.heldback import Answers, HeldBack
 from tailor_fast.patching.job import Request
@@ -203,6 +204,7 @@ class _Search:
     new: HeldBack
     old: HeldBack
     told: Progress
+    scratch: Path  # where models are made
     points: list[Point] = field(default_factory=list)
 
     @staticmethod
@@ -211,21 +213,24 @@ class _Search:
         """Open everything, and refuse what cannot work; no weight is read."""
         fitted = _fitted(request, request.recipe)
         job = GridJob(fitted, told)
-        with job.opened() as (sources, layout):
+        with job.opened() as (sources, layout), ExitStack() as stack:
             inputs = (*sources.base.checkpoint.input_paths, *sources.tuned.checkpoint.input_paths)
             overwrite = request.options.overwrite
             StagedCheckpoint.check(request.out, layout, overwrite=overwrite, inputs=inputs)
             job.plan(sources, layout)
+            beside, name = request.out.absolute().parent, f".{request.out.name}.target"
+            # Its lock keeps a second search away; what a killed one left goes when it is made.
+            scratch = Staging(beside / name, directory=True, overwrite=False, inputs=inputs)
+            stack.callback(scratch.discard)
             device = torch.device(request.options.device)
             tuned = StreamedModel(sources.tuned, sources.keys, device)
             base = StreamedModel(sources.base, sources.keys, device)
             processor = sources.tuned.checkpoint.processor_directory or request.tuned
-            beside = request.out.absolute().parent
             new, old = (
                 HeldBack(Path(str(path)), processor, model, request.options, beside)
                 for path, model in ((request.calibration, tuned), (request.retain, base))
             )
-            yield _Search(fitted, job, sources, layout, tuned, base, new, old, told)
+            yield _Search(fitted, job, sources, layout, tuned, base, new, old, told, scratch.path)
 
     def grid(self) -> list[Point]:
         """What statistics tell of every recipe."""
@@ -238,15 +243,15 @@ class _Search:
         """How a recipe's model is made, measured, and removed again."""
         self.told.note("measuring both models on what is held back")
         old, new = self.old.ask(self.base), self.new.ask(self.tuned)
-        request, out = self.request, self.request.out.absolute()
+        request = self.request
 
         def measure(point: Point) -> Tried:
             chosen = {"density": point.density, "retain_weight": point.retain_weight}
             self.told.note(
                 f"trying density {point.density:g}, retain_weight {point.retain_weight:g}"
             )
-            with tempfile.TemporaryDirectory(prefix=f".{out.name}.target-", dir=out.parent) as name:
-                place = Path(name) / "model"
+            place = self.scratch / "model"
+            try:
                 build(
                     request.base,
                     request.tuned,
@@ -258,6 +263,8 @@ class _Search:
                     progress=self.told,
                 )
                 kept_old, kept_new = self._ask(place, old, new)
+            finally:
+                remove(place)
             self.told.note(f"it keeps {kept_old[0]:.4f} of old tasks, {kept_new[0]:.4f} of the new")
             return Tried(point, *kept_old, *kept_new)
 

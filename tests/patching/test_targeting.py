@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,13 @@ from tailor_fast._core.processes import ALONE
 from tailor_fast._core.progress import Silent
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.streamed import StreamedModel, skeleton_of
-from tailor_fast.checkpoint import Hashed, OutputExistsError, open_checkpoint
+from tailor_fast.checkpoint import (
+    Hashed,
+    OutputExistsError,
+    OutputLockedError,
+    open_checkpoint,
+)
+from tailor_fast.checkpoint.staging import Staging
 from tailor_fast.models import map_keys
 from tailor_fast.patching import targeting
 from tailor_fast.patching.heldback import Answers, HeldBack
@@ -170,6 +178,34 @@ def test_ctrl_c_in_the_search_leaves_nothing(note: str, place: Path, tmp_path: P
         )  # fmt: skip
     assert not isinstance(caught.value, StoppedError)
     assert list(tmp_path.iterdir()) == []
+
+
+def scratch_of(out: Path) -> Staging:
+    """As a search takes it, for what it makes beside OUT."""
+    place = out.parent / f".{out.name}.target"
+    return Staging(place, directory=True, overwrite=False, inputs=())
+
+
+def test_what_a_killed_search_left_goes_with_the_next(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = os.fork()
+    if child == 0:
+        scratch = scratch_of(out)
+        scratch.create("model")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(left(tmp_path)) == 2  # its directory and its lock
+    test_ctrl_c_in_the_search_leaves_nothing("taking statistics", place, tmp_path)
+
+
+def test_two_searches_for_one_output_do_not_meet(place: Path, tmp_path: Path) -> None:
+    first = scratch_of(tmp_path / "out")
+    with pytest.raises(OutputLockedError, match=rf"is being written by process {os.getpid()}; wa"):
+        patch_checkpoint(
+            place / "base", place / "tuned", tmp_path / "out", RECIPE, **arguments(place)
+        )
+    first.discard()
+    assert left(tmp_path) == []
 
 
 def test_ctrl_c_behind_the_search_is_gone_on_from(
