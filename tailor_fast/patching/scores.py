@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from tailor_fast._core.errors import InputError
+from tailor_fast._core.extension import load_extension
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.ops.damping import MAX_PERCDAMP, climb
@@ -14,6 +17,28 @@ from tailor_fast.patching.equations import positive_damping
 
 _PANEL = 512  # columns of an inverse that are formed at a time, at most
 _PANELS = 4  # of the columns of one process of several: half of a panel's square is zeros
+
+
+class Factor(NamedTuple):
+    """``L`` with ``L Lᵀ = gram + λI``.
+
+    Attributes:
+        lower: L ``[cols, cols]``, float32 or float64; what stands above its diagonal has no
+            meaning.
+        inverses: diagonal blocks of ``L⁻¹`` (``ops.roots``); empty where L was not made by blocks.
+    """
+
+    lower: torch.Tensor
+    inverses: Sequence[torch.Tensor] = ()
+
+    def inverse_diagonal_(self, first: int = 0) -> torch.Tensor:
+        """Diagonal of ``(L Lᵀ)⁻¹`` from column ``first`` on, in L's dtype; L may be overwritten."""
+        if self.inverses:
+            from tailor_fast.ops.roots import inverse_diagonal_
+
+            return inverse_diagonal_(self.lower, self.inverses, first)
+        size = len(self.lower) - first
+        return inverse_diagonal(self.lower, first, max(1, min(_PANEL, size // _PANELS)))
 
 
 def column_weight(
@@ -44,7 +69,8 @@ def column_weight(
     if sensitivity == "obs" and isinstance(new, Moments):
         damping = positive_damping(new.diag, percdamp)
         if processes.count == 1:
-            diagonal = inverse_diagonal(factor_of(new.gram, damping, where))
+            factor, _ = _damped_factor(new.gram, damping, where)
+            diagonal = factor.inverse_diagonal_()
         else:
             diagonal = _shared_diagonal(new.gram, damping, where, processes)
         return diagonal.reciprocal_().float()
@@ -123,9 +149,8 @@ def _shared_diagonal(
         if damping == min(told):
             break
         del factor  # an order of the columns may need more damping than another: all take the most
-    width = max(1, min(_PANEL, size // _PANELS))
     whole = torch.zeros(cols, dtype=torch.float64, device=gram.device)
-    whole[own] = inverse_diagonal(factor, cols - size, width).double()
+    whole[own] = factor.inverse_diagonal_(cols - size).double()
     del factor
     with processes.exchange():
         processes.gather()
@@ -136,18 +161,21 @@ def _shared_diagonal(
 def factor_of(gram: torch.Tensor, damping: float, where: str) -> torch.Tensor:
     """Lower factor of ``gram + λI``, float32 or float64; where that fails see ``climb``.
 
+    What stands above its diagonal has no meaning.
+
     Raises:
         InputError: the Gram is not finite, or no damping that is tried gives a factor.
     """
-    return _damped_factor(gram, damping, where)[0]
+    return _damped_factor(gram, damping, where)[0].lower
 
 
 def _damped_factor(
     gram: torch.Tensor, damping: float, where: str, turn: int = 0
-) -> tuple[torch.Tensor, float]:
+) -> tuple[Factor, float]:
     """``factor_of`` with the first ``turn`` columns moved behind the others, and the λ it took."""
-    if not bool(gram.sum(dtype=torch.float64).isfinite()):
-        row, column = gram.isfinite().logical_not_().nonzero()[0].tolist()
+    # A sum is quick to form, and finite only where all entries are.
+    if not bool(gram.sum().isfinite()) and not bool((finite := gram.isfinite()).all()):
+        row, column = finite.logical_not_().nonzero()[0].tolist()
         raise InputError(
             f"{where}: its Gram must be finite; got {gram[row, column].item()} at"
             f" [{row}, {column}]. Hint: look for inputs of the layer that overflow its dtype"
@@ -161,15 +189,26 @@ def _damped_factor(
     return found
 
 
-def _cholesky(
-    gram: torch.Tensor, damping: float, dtype: torch.dtype, turn: int
-) -> torch.Tensor | None:
+def _cholesky(gram: torch.Tensor, damping: float, dtype: torch.dtype, turn: int) -> Factor | None:
     damped = torch.empty_like(gram, dtype=dtype)
     rest = gram.shape[0] - turn  # turned in one copy: ``roll`` would make one for each dimension
     for rows, old_rows in ((slice(rest), slice(turn, None)), (slice(rest, None), slice(turn))):
         damped[rows, :rest] = gram[old_rows, turn:]
         damped[rows, rest:] = gram[old_rows, :turn]
     damped.diagonal().add_(damping)
+    if _by_blocks(gram.device):
+        from tailor_fast.ops.roots import factorize_
+
+        inverses = factorize_(damped, forward=True)
+        return None if inverses is None else Factor(damped, inverses)
     lower, info = torch.linalg.cholesky_ex(damped)
-    factor: torch.Tensor = lower
-    return factor if int(info) == 0 else None
+    return Factor(lower) if int(info) == 0 else None
+
+
+def _by_blocks(device: torch.device) -> bool:
+    """Whether the extension's products make a factor faster than torch's library does."""
+    if device.type != "cpu" or isinstance(load_extension(), ImportError):
+        return False
+    from tailor_fast.ops.gemm import has_kernels
+
+    return has_kernels()

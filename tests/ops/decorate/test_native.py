@@ -22,6 +22,7 @@ native = pytest.importorskip("tailor_fast.ops.decorate.native")
 exact = pytest.importorskip("tailor_fast.ops.decorate.native.exact")
 official = pytest.importorskip("tailor_fast.ops.decorate.native.official")
 root = pytest.importorskip("tailor_fast.ops.decorate.native.root")
+roots = pytest.importorskip("tailor_fast.ops.roots")
 sweep = pytest.importorskip("tailor_fast.ops.decorate.native.sweep")
 
 EPS = torch.finfo(torch.float32).eps
@@ -217,7 +218,8 @@ def test_panels_of_the_sweep(monkeypatch) -> None:
     )
     plain = decorate_obs(*problem, backend="reference").patch
     assert_within(decorate_obs(*problem, backend="native").patch, best, plain)
-    monkeypatch.setattr(root, "PANEL", root.BLOCK)
+    for module in (root, roots):
+        monkeypatch.setattr(module, "PANEL", roots.BLOCK)
     assert_within(decorate_obs(*problem, backend="native").patch, best, plain)
 
 

@@ -10,10 +10,11 @@ import torch
 
 from tailor_fast import _C
 from tailor_fast.ops.decorate.inputs import OfficialOptions
-from tailor_fast.ops.decorate.native.root import Carry, factorize_, invert
+from tailor_fast.ops.decorate.native.root import Carry
 from tailor_fast.ops.decorate.native.sweep import Block, sweep_columns
 from tailor_fast.ops.decorate.official import no_factor, warn_of_undefined
 from tailor_fast.ops.gemm import add_product_, product
+from tailor_fast.ops.roots import factorize_, invert
 
 Tensor = torch.Tensor
 

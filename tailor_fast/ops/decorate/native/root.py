@@ -12,11 +12,9 @@ import torch
 
 from tailor_fast.ops.decorate.factors import unpack
 from tailor_fast.ops.gemm import add_product_, product
+from tailor_fast.ops.roots import BLOCK, PANEL
 
 Tensor = torch.Tensor
-
-BLOCK = 128  # columns that are factorised at a time; those of ``obs`` that are swept one by one
-PANEL = 512  # columns that one GEMM over all others serves; a multiple of BLOCK
 
 
 class Root(NamedTuple):
@@ -41,54 +39,6 @@ class Root(NamedTuple):
         widths = (min(BLOCK, cols - start) for start in range(0, cols, BLOCK))
         parts = zip(blocks, widths, strict=True)
         return cls(upper, [block[:width, :width].contiguous() for block, width in parts], damping)
-
-
-def factorize_(matrix: Tensor) -> list[Tensor] | None:
-    """Turn H into R in place, from the last block to the first.
-
-    Args:
-        matrix: symmetric, float32 or float64 ``[cols, cols]``, contiguous.
-
-    Returns:
-        Diagonal blocks of ``R^-1``, in their order; None where H is not positive definite.
-    """
-    inverses, cols = [], len(matrix)
-    for first in reversed(range(0, cols, PANEL)):
-        last = min(first + PANEL, cols)
-        _subtract(matrix, first, last, cols)
-        for start in reversed(range(first, last, BLOCK)):
-            stop = min(start + BLOCK, last)
-            _subtract(matrix, start, stop, last)
-            block = matrix[start:stop, start:stop]
-            root = _small_root(block)
-            if root is None:
-                return None
-            block.copy_(root)
-            inverses.append(invert(root).to(matrix.dtype))
-            above = matrix[:start, start:stop]
-            above.copy_(product(above, inverses[-1].T))
-    return inverses[::-1]
-
-
-def _subtract(matrix: Tensor, start: int, stop: int, end: int) -> None:
-    """Take from the columns ``start`` to ``stop`` what columns ``stop`` to ``end`` of R explain."""
-    if stop < end:
-        before = matrix[start:stop, stop:end].T
-        add_product_(matrix[:stop, start:stop], matrix[:stop, stop:end], before, scale=-1.0)
-
-
-def _small_root(block: Tensor) -> Tensor | None:
-    """R of one block, which is no part of the result; None where it has none."""
-    lower, failed_at = torch.linalg.cholesky_ex(block.flip(0, 1))
-    return lower.flip(0, 1) if int(failed_at) == 0 else None
-
-
-def invert(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular block, in float64: what it rounds stays in all columns."""
-    wide = upper.double()
-    identity = torch.eye(len(wide), dtype=torch.float64)
-    inverse: Tensor = torch.linalg.solve_triangular(wide, identity, upper=True)
-    return inverse
 
 
 class Carry:

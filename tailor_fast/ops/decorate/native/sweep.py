@@ -8,8 +8,9 @@ from tailor_fast import _C
 from tailor_fast.ops.damping import damping_of
 from tailor_fast.ops.decorate.ladder import climb
 from tailor_fast.ops.decorate.native.exact import FLOAT32_FROM, energy
-from tailor_fast.ops.decorate.native.root import BLOCK, Carry, Root, factorize_
+from tailor_fast.ops.decorate.native.root import Carry, Root
 from tailor_fast.ops.gemm import add_product_
+from tailor_fast.ops.roots import BLOCK, factorize_
 
 Tensor = torch.Tensor
 
