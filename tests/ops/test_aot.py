@@ -112,6 +112,8 @@ def test_faults_are_found(triton_version: str, cache_dir: Path) -> None:
     lines = compiled("tests.ops.aot.faulty", triton_version, cache_dir)
     expected = {
         "fits": None,
+        "near": None,
+        "far": None,
         "spills": "spilled to local memory",
         "shared": "bytes of shared memory, the card has",
         "broken": "does not compile: CompilationError",
@@ -121,6 +123,31 @@ def test_faults_are_found(triton_version: str, cache_dir: Path) -> None:
     for line in lines:
         found, wanted = faults(line), expected[line["form"]]
         assert (found == []) if wanted is None else (wanted in found[0])
+
+
+# Products of 32 bits that count tiles, of which there are no more than programs.
+COUNTS_OF_TILES = {
+    "_moment_kernel": 7,  # rows and columns of the triangle
+    "classify_kernel": 1,  # the rest of a division: a segment of its row
+    "list_mark_kernel": 1,  # likewise
+    "digits_kernel": 1,  # histograms, of which all fit into memory
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_addresses_are_not_multiplied_in_32_bits(
+    op: str, triton_version: str, cache_dir: Path
+) -> None:
+    for line in compiled(f"tailor_fast.ops.{op}.triton", triton_version, cache_dir):
+        allowed = COUNTS_OF_TILES.get(line["kernel"], 0)
+        assert len(line["narrow"]) <= allowed, (line["form"], line["narrow"])
+
+
+def test_a_narrow_address_is_found(triton_version: str, cache_dir: Path) -> None:
+    lines = compiled("tests.ops.aot.faulty", triton_version, cache_dir)
+    found = {line["form"]: len(line["narrow"]) for line in lines if "narrow" in line}
+    assert found["near"] == 1
+    assert not found["far"] + found["fits"] + found["shared"]
 
 
 def test_registers_limit_the_warps() -> None:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tailor_fast._core.launch import KernelForm
+from tests.ops.aot.addresses import narrow_products
 from tests.ops.aot.cards import CARDS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -71,6 +72,7 @@ def compile_form(form: KernelForm, capability: int) -> dict[str, Any]:
     return {
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "narrow": narrow_products(kernel.asm["ttir"]),
         **resources(kernel.asm["cubin"]),
     }
 

@@ -28,12 +28,25 @@ def wide_kernel(a, b, c, TILE: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.cons
 
 
 @triton.jit
+def far_kernel(x, stride, rows, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """Rows that may lie further apart than 32 bits reach."""
+    at = tl.program_id(0)
+    for row in range(0, rows, 2):
+        start = at * stride
+        if WIDE:
+            start = at.to(tl.int64) * stride
+        tl.store(x + start + tl.arange(0, BLOCK), 0.0)
+        at += row
+
+
+@triton.jit
 def broken_kernel(x):
     """Arithmetic between a pointer and a float."""
     tl.store(x, x * 0.5)
 
 
 POINTERS = {"x": "*fp32", "y": "*fp32"}
+FAR = {"x": "*fp32", "stride": "i32", "rows": "i32"}
 TILES = {"TILE": 128, "DEPTH": 128, "STEPS": 16}
 
 
@@ -50,6 +63,8 @@ def kernels() -> tuple[KernelForm, ...]:
             Launch(8, 6),
             frozenset("abc"),
         ),
+        KernelForm("near", far_kernel, FAR, {"WIDE": False, "BLOCK": 64}, Launch(4)),
+        KernelForm("far", far_kernel, FAR, {"WIDE": True, "BLOCK": 64}, Launch(4)),
         KernelForm("broken", broken_kernel, {"x": "*fp32"}, {}, Launch(4)),
         KernelForm("misdescribed", broken_kernel, {"z": "*fp32"}, {}, Launch(4)),
     )
