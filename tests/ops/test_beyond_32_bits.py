@@ -1,4 +1,4 @@
-"""Places past 2^31 elements: kernels of ``gram``, ``gemm``, ``decorate``, ``select`` use 64 bits.
+"""Places past 2^31 elements: kernels of all ops use 64 bits.
 
 What is not touched costs no memory: an array of zeros has one page behind all of its addresses, and
 one whose words matter little has one piece of memory behind all but its first and last piece.
@@ -20,6 +20,7 @@ from tests.backends import KERNELS, needs_native, on_kernels
 
 pytestmark = needs_native
 extension = pytest.importorskip("tailor_fast._C")
+codec = pytest.importorskip("tailor_fast.ops.codec.native")
 exact = pytest.importorskip("tailor_fast.ops.decorate.native.exact")
 gram = pytest.importorskip("tailor_fast.ops.gram.native")
 select = pytest.importorskip("tailor_fast.ops.select.native")
@@ -182,13 +183,43 @@ def select_far() -> tuple[int, list[int], int]:
     return work.passes, marks, fault[0]
 
 
-def test_selection_among_more_than_2_to_the_31() -> None:
-    """In a process of its own: a page counts in its peak memory as often as it is mapped."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        passes, marks, fault = pool.submit(select_far).result()
+@pytest.fixture(scope="module")
+def apart() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own: a page counts in its peak memory as often as it is mapped."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def test_selection_among_more_than_2_to_the_31(apart: ProcessPoolExecutor) -> None:
+    passes, marks, fault = apart.submit(select_far).result()
     cols, size = PIECE // 2, (2**10 + 1) * PIECE // 2
     assert passes == 1
     # Ties go to the lowest indices.
     assert marks == [0, 1, 2, 3, cols - 1, size - cols, size - 1]
     assert fault == size - 5
+
+
+def patch_far() -> tuple[list[int], list[int], list[list[int]]]:
+    """Places and words of a patch of 2^31 bytes and more; the bytes with it, and without again."""
+    torch.set_num_threads(2)
+    size = 2**31 + PIECE + 100_000
+    places = [0, 9, size - 70_000, size - 2, size - 1]  # in the first and the last piece
+    base, tuned = repeated(size, torch.int8), repeated(size, torch.int8)
+    base[places] = torch.tensor([5, 5, 5, 5, 0], dtype=torch.int8)
+    tuned[places] = torch.tensor([1, 5, 4, 7, -1], dtype=torch.int8)
+    bits, words, blocks = codec.encode_patch(base, tuned, None)
+    some = bits.nonzero().flatten()
+    found = [8 * int(i) + bit for i in some for bit in range(8) if int(bits[i]) >> bit & 1]
+    seen = []
+    for _ in range(2):
+        codec.apply_patch_(base, bits, words, blocks)
+        seen.append(base[places].tolist())
+    return found, words.tolist(), seen
+
+
+def test_a_patch_of_more_than_2_to_the_31(apart: ProcessPoolExecutor) -> None:
+    found, words, seen = apart.submit(patch_far).result()
+    size = 2**31 + PIECE + 100_000
+    assert found == [0, size - 70_000, size - 2, size - 1]
+    assert words == [5 ^ 1, 5 ^ 4, 5 ^ 7, -1]
+    assert seen == [[1, 5, 4, 7, -1], [5, 5, 5, 5, 0]]
