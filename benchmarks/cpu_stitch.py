@@ -57,7 +57,8 @@ class Setting:
         (folder / "other").mkdir()
         other, second = write_pair(folder / "other", SHAPES[size], moved=2)
         shutil.rmtree(other)
-        self.tuned = (first, second)
+        # A task is called after its folder.
+        self.tuned = (first, second.rename(folder / "second"))
         for number, model in enumerate((*self.tuned, self.base)):
             write_tokenizer(model)
             write_texts(folder / f"{number}.jsonl", SAMPLES, LENGTH, seed=number)

@@ -192,9 +192,10 @@ TABLES = (
         "Many processes",
         "`exact`, asymmetric, from disk to disk, one thread each. `patch` is the job without the"
         " start of the programs, that of transformers included; `program` has it. The bar is"
-        " missed: each process factors every Gram and chooses every mask itself, 2.1 s of two"
-        " processes lie outside the stages, and `exchange`, which the stages contain, moves whole"
-        " squares. `python -m benchmarks.cpu_processes DIR`",
+        " missed: `exchange`, which the stages contain, is for the most part a process waiting for"
+        " the other at the three places of each input group where both must meet; each process"
+        " factors every Gram, chooses every mask and reads every weight itself; finding the input"
+        " groups and what is not patched is not shared. `python -m benchmarks.cpu_processes DIR`",
         _OP,
     ),
     Table(

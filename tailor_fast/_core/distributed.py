@@ -22,10 +22,12 @@ import torch.distributed as dist
 from tailor_fast._core import env
 from tailor_fast._core.errors import LostPeerError, PeerError, TailorError, UsageError
 from tailor_fast._core.processes import ALONE, Device, Processes
+from tailor_fast._core.window import Window, open_window
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_SHARED_FROM = 1 << 10  # bytes; the network takes as long to wait for as to send fewer
 VALUES = 7  # numbers that a process can gather at once
 _GOING, _FAILED, _LEAVING = range(3)
 STOPPED_BY_USER = 130
@@ -47,6 +49,8 @@ class Distributed(Processes):
         self._group: ProcessGroup | None = group
         self._broken = False
         self._heard: PeerError | None = None
+        self._window: Window | None = None
+        self._looked = False  # for the window
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
         """Each process's numbers (at most ``VALUES``), in order of rank.
@@ -76,6 +80,11 @@ class Distributed(Processes):
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add the same tensors of all processes up, in place."""
+        window = self._window_for(tensors)
+        if window is not None:
+            for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+                window.add([tensor for tensor in tensors if tensor.dtype == dtype])
+            return
         for tensor in tensors:
             self._call(partial(dist.all_reduce, tensor, group=self._group))
 
@@ -84,7 +93,11 @@ class Distributed(Processes):
         if tensor.numel() == 0:
             return
         words = tensor.view(-1).view(torch.uint8)  # as bytes: a backend need not know the dtype
-        self._call(lambda: dist.broadcast(words, group=self._group, group_src=source))
+        window = self._window_for([words])
+        if window is not None:
+            window.broadcast(words, source)
+        else:
+            self._send(words, source)
 
     def fail(self, error: BaseException) -> PeerError | None:
         """Tell the others why this process ends, and wait until all have cleaned up.
@@ -121,7 +134,7 @@ class Distributed(Processes):
 
     def close(self) -> None:
         """Let go of the group: an error's traceback would keep its threads alive past the end."""
-        self._group, self._broken = None, True
+        self._group, self._window, self._broken = None, None, True
 
     def _gather(self, state: int, values: Sequence[float]) -> list[list[float]]:
         row = torch.zeros(1 + VALUES, dtype=torch.float64)
@@ -130,6 +143,28 @@ class Distributed(Processes):
         rows = [torch.empty_like(row) for _ in range(self.count)]
         self._call(lambda: dist.all_gather(rows, row, group=self._group))
         return [row.tolist() for row in rows]
+
+    def _window_for(self, tensors: Sequence[torch.Tensor]) -> Window | None:
+        """Memory for a large exchange of CPU tensors, where all processes can map the same."""
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        if not on_cpu or sum(tensor.nbytes for tensor in tensors) < _SHARED_FROM:
+            return None
+        if not self._looked:
+            self._looked = True
+            known = (self.rank, self.count, lambda words: self._send(words, 0))
+            self._window = open_window(*known, self._all, self._wait)
+        return self._window
+
+    def _send(self, words: torch.Tensor, source: int) -> None:
+        self._call(lambda: dist.broadcast(words, group=self._group, group_src=source))
+
+    def _all(self, fact: bool) -> bool:
+        yes = torch.tensor([int(fact)])
+        self._call(lambda: dist.all_reduce(yes, dist.ReduceOp.MIN, group=self._group))
+        return bool(yes)
+
+    def _wait(self) -> None:
+        self._call(lambda: dist.barrier(group=self._group))
 
     def _listen(self, heard: Sequence[Sequence[float]], sentence: str) -> None:
         """Take over the error of the first process that failed, unless that is this one."""

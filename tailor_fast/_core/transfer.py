@@ -1,8 +1,9 @@
 """Copies between the machine's memory and a GPU that run beside the GPU's work.
 
-All streams and events of the package are here. Three ways are offered, and each keeps two rules:
+All streams and events of the package are here. Four ways are offered, and each keeps two rules:
 nothing is read before its copy is done, and no memory is written again before its last reader is.
 
+- ``to_device``: a tensor that is read once, on the stream of its readers.
 - ``panels``: matrices that wait in the machine's memory, brought to the device piece by piece, the
   next piece while the caller computes with this one.
 - ``Outbox``: results on their way to a writer's thread, while the device goes on.
@@ -23,6 +24,18 @@ import torch
 
 _log = logging.getLogger("tailor_fast")
 _streams = threading.local()
+
+
+def to_device(
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """``tensor`` on ``device``, itself where it is there; the host waits for no page-locked one.
+
+    Page-locked memory of torch's own is not given out again before the copy is done, even if the
+    caller drops the tensor at once.
+    """
+    beside = device.type == "cuda" and tensor.is_pinned()
+    return tensor.to(device, dtype, non_blocking=beside)
 
 
 def panels(

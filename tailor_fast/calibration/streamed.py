@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tailor_fast._core.errors import InputError
+from tailor_fast._core.transfer import to_device
 from tailor_fast.checkpoint import Hashed
 from tailor_fast.models import Residency, build_skeleton
 
@@ -71,9 +72,8 @@ class StreamedModel:
 
     def to_run(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` on the model's device, floating words in the model's dtype."""
-        if tensor.is_floating_point():
-            return tensor.to(self._device, self._dtype)
-        return tensor.to(self._device)
+        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        return to_device(tensor, self._device, dtype)
 
     def _load(self, name: str) -> torch.Tensor | None:
         key = self._keys.get(name)

@@ -89,6 +89,8 @@ def _show(planned: PatchPlan, options: PlanOptions) -> None:
     )
     if options.calibration is not None:
         memory += "; activations come on top"
+    if planned.ahead:
+        memory += f"; page-locked, for blocks on their way to the GPU, {shown_size(planned.ahead)}"
     device = None
     if planned.device is not None:
         stages = (f"{s.name} {shown_size(s.bytes)} ({s.layer})" for s in planned.device.stages)

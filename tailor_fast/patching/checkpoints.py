@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tailor_fast.checkpoint import Held, StagedCheckpoint, input_record, local_p
 from tailor_fast.checkpoint.errors import shown_path
 from tailor_fast.patching.job import Job, PathLike, Request
 from tailor_fast.patching.picture import draw_report
-from tailor_fast.patching.pipeline import Writer
+from tailor_fast.patching.pipeline import Worker, Writer
 from tailor_fast.patching.plan import PatchPlan
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.records import add_records
@@ -111,11 +112,13 @@ def patch_checkpoint(
         )
         with _told_of_what_is_kept(staged), staged:
             ledger = Ledger(sources, staged)
-            with Writer(staged, ledger.facts) as writer:
+            with Writer(staged, ledger.facts) as writer, Worker("picture") as artist:
                 job.run(sources, staged, writer, ledger)
-                picture = draw_report(job.report.to_dict())  # while the last bytes reach the disk
+                drawn = artist.submit(partial(draw_report, job.report.to_dict()))
                 with job.report.timed("write"):
+                    job.write_rest(sources, staged, writer, ledger)
                     writer.drain()
+                picture = drawn.result()
             job.report.seconds["total"] = time.perf_counter() - start
             _describe(sources, staged, job, picture)
             for source in (sources.base, sources.tuned):

@@ -24,6 +24,7 @@ from tailor_fast.calibration.statfile import Statistics, is_statistics, open_sta
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
 from tailor_fast.checkpoint import Held, Layout, Resume, StagedCheckpoint, plan_layout
 from tailor_fast.models import Target, caller
+from tailor_fast.patching.ahead import plan_ahead, reading_ahead
 from tailor_fast.patching.asking import run_by_blocks
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
@@ -87,6 +88,7 @@ class Job:
         self._stack = ExitStack()
         self._statistics: Statistics | None = None
         self._old_statistics: Statistics | None = None
+        self._written: set[str] = set()
         self.recipe = request.recipe
 
     def join(self, processes: Processes) -> None:
@@ -143,6 +145,7 @@ class Job:
             known = (plan, self.recipe, self._given(), self.request.options, data)
             fitted = fit_device(sources, *known, self.processes.share, self.report.notes)
             plan = replace(plan, device=fitted)
+            plan = plan_ahead(sources, plan, self._given(), self.request.options)
         return check_plan(plan, self.request.options, with_data=with_data)
 
     def resume(self, sources: Sources, layout: Layout) -> Resume:
@@ -156,7 +159,7 @@ class Job:
     def run(
         self, sources: Sources, staged: StagedCheckpoint, writer: Writer, ledger: Ledger
     ) -> None:
-        """Write every tensor of the output; the last may be on their way to disk at the end."""
+        """Patch every layer; the last may be on their way to disk at the end."""
         plan = self.plan(sources, staged.layout)
         self.report.notes[:] = plan.notes
         hold_base(self._held, plan, self.request.options, self.report.notes.append)
@@ -168,7 +171,17 @@ class Job:
             if self.request.calibration is None and self._statistics is None:
                 self._without_data(sources, staged, writer, ledger)
             else:
-                self._with_data(sources, staged, writer, plan, ledger)
+                self._written = self._solve(sources, writer, plan, ledger)
+
+    def write_rest(
+        self, sources: Sources, staged: StagedCheckpoint, writer: Writer, ledger: Ledger
+    ) -> None:
+        """Write what ``run`` did not; the report is complete before."""
+        if self.request.calibration is None and self._statistics is None:
+            return  # every tensor was written in its turn
+        names = [name for shard in staged.layout.shards for name in shard.tensors]
+        done = self._written | ledger.earlier
+        copy_rest(sources, writer, [name for name in names if name not in done])
 
     def _without_data(
         self, sources: Sources, staged: StagedCheckpoint, writer: Writer, ledger: Ledger
@@ -187,20 +200,6 @@ class Job:
         self.report.notes[:] = plan.notes
         with torch.no_grad():
             self._solve(sources, Discard(), plan, None)
-
-    def _with_data(
-        self,
-        sources: Sources,
-        staged: StagedCheckpoint,
-        writer: Writer,
-        plan: PatchPlan,
-        ledger: Ledger,
-    ) -> None:
-        written = self._solve(sources, writer, plan, ledger)
-        names = [name for shard in staged.layout.shards for name in shard.tensors]
-        done = written | ledger.earlier
-        rest = [name for name in names if name not in done]
-        copy_rest(sources, writer, rest)
 
     def _solve(
         self,
@@ -230,11 +229,12 @@ class Job:
             solver.solved_at_once = plan.device.placement.solved_at_once
         if processes.rank == 0:
             self._check_statistics(sources)
-        if self._statistics is None:
-            self._from_samples(weights, solver, plan)
-        else:
-            walk = (self._old_moments, self.progress, weights.told(self.progress))
-            solve_from_statistics(weights, solver, self._statistics, *walk)
+        with reading_ahead(weights, plan, self._given()):
+            if self._statistics is None:
+                self._from_samples(weights, solver, plan)
+            else:
+                walk = (self._old_moments, self.progress, weights.told(self.progress))
+                solve_from_statistics(weights, solver, self._statistics, *walk)
         for row in self.report.linears:
             row.tensor = named[row.name].tensor
         if processes.count > 1:
@@ -284,7 +284,7 @@ class Job:
         # A process without batches runs no model: patched weights would pile up in it.
         if recipe.propagate != "none" and (new or old):
             # What is not patched runs as it will be written.
-            weights.patched = StreamedModel(sources.tuned, keys, device, sources.read_unpatched)
+            weights.patched = StreamedModel(sources.tuned, keys, device, weights.read_unpatched)
         patched = weights.patched or tuned  # not run without propagation
         models = ((base or tuned).model, tuned.model, patched.model)
         call, firsts = caller(tuned.model), (first, first_old)

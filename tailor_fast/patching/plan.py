@@ -62,6 +62,7 @@ class PatchPlan:
         ram_peak: with fixed buffers.
         notes: what was decided, a sentence each.
         device: memory of the device, stage by stage; None where nothing bounds it.
+        ahead: page-locked memory in which blocks wait for a GPU; 0 where they do not.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -73,6 +74,7 @@ class PatchPlan:
     ram_solve: int
     notes: tuple[str, ...]
     device: DevicePlan | None = None
+    ahead: int = 0
 
     @property
     def ram(self) -> int:
@@ -174,7 +176,7 @@ def host_bytes(plan: PatchPlan, device: torch.device) -> int:
     """
     if device.type == "cpu":
         return plan.ram
-    return plan.ram_weights + (0 if plan.device is None else plan.device.host)
+    return plan.ram_weights + plan.ahead + (0 if plan.device is None else plan.device.host)
 
 
 def _kept(layer: LayerOnDisk, recipe: Recipe) -> int:

@@ -14,9 +14,10 @@ from tailor_fast.models import Target, blocks_of
 from tailor_fast.patching.layers import Weights
 from tailor_fast.patching.masks import Masks
 from tailor_fast.patching.recipe import Recipe
-from tailor_fast.patching.report import Report
+from tailor_fast.patching.report import LinearReport, Report
 from tailor_fast.patching.scores import column_weight
-from tailor_fast.patching.solving import GroupInputs, left_at_base, solve_layer
+from tailor_fast.patching.solving import GroupInputs, Solved, left_at_base, solve_part
+from tailor_fast.patching.together import put_together
 
 AnyMoments = Moments | DiagonalMoments
 
@@ -94,6 +95,7 @@ class Solver:
         if not self.needs_scores_first and not self.finished(members):
             weight = self._column_weight(members, new, old)
         inputs = GroupInputs(tuple(members), new, old, weight, self.solved_at_once)
+        shared: list[tuple[Target, Solved]] = []  # of several processes, until all have solved
         for name in members:
             target = self._targets[name]
             earlier = self._weights.patched_earlier(target)
@@ -103,14 +105,23 @@ class Solver:
                 self.report.linears.append(earlier)
                 continue
             with self.report.timed("solve"), naming("solve", name):
-                pair = self._weights.pair(target)
-                patched, row = solve_layer(
-                    target, pair, inputs, self._masks, self._recipe.of(name), self.processes
-                )
-            row.note = note
-            with self.report.timed("install"):
-                self._weights.install(target, patched, row)
-            self.report.linears.append(row)
+                options = (inputs, self._masks, self._recipe.of(name), self.processes)
+                solved = solve_part(target, self._weights.pair(target), *options)
+            solved.report.note = note
+            self.report.linears.append(solved.report)
+            if self.processes.count > 1:
+                shared.append((target, solved))
+            else:
+                self._install(target, solved.weight, solved.report)
+        if shared:
+            with self.report.timed("solve"):
+                weights = put_together([solved for _, solved in shared], self.processes)
+            for (target, solved), patched in zip(shared, weights, strict=True):
+                self._install(target, patched, solved.report)
+
+    def _install(self, target: Target, weight: torch.Tensor, row: LinearReport) -> None:
+        with self.report.timed("install"):
+            self._weights.install(target, weight, row)
 
     def preview(self, names: Iterable[str]) -> None:
         """Let the patched model run with tuned weights until these layers are solved."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +33,7 @@ _WORDS = {2: torch.int16, 4: torch.int32}
 # Elements of the rows that are solved exactly at once, so that the working copies, some 80 bytes
 # for each, do not grow with the layer: 2048 rows of 4096 columns on a CPU.
 SOLVED_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 24}
-_LOSSES = ("loss", "loss_undecorated", "loss_reverted")
+LOSSES = ("loss", "loss_undecorated", "loss_reverted")
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,41 @@ class GroupInputs:
             return self._factors[percdamp]
 
 
+@dataclass(frozen=True)
+class Solved:
+    """The rows of a layer that one process solved.
+
+    Attributes:
+        weight: their patched weights, in the models' dtype; of a process without rows, any.
+        report: what was done with them.
+        parts: the rows of each process.
+    """
+
+    weight: torch.Tensor
+    report: LinearReport
+    parts: Sequence[slice]
+
+
 def solve_layer(
+    target: Target, pair: LayerPair, inputs: GroupInputs, masks: Masks, recipe: Recipe
+) -> tuple[torch.Tensor, LinearReport]:
+    """Return the patched weight ``[rows, cols]`` in the models' dtype, and what was done."""
+    solved = solve_part(target, pair, inputs, masks, recipe, ALONE)
+    return solved.weight, solved.report
+
+
+def solve_part(
     target: Target,
     pair: LayerPair,
     inputs: GroupInputs,
     masks: Masks,
     recipe: Recipe,
-    processes: Processes = ALONE,
-) -> tuple[torch.Tensor, LinearReport]:
-    """Return the patched weight ``[rows, cols]`` in the models' dtype, and what was done.
+    processes: Processes,
+) -> Solved:
+    """Solve this process's rows of a layer.
 
-    Each process solves some of the rows, which do not depend on each other once the mask is known;
-    the authors' code makes its masks on the way, so that one process solves the layer whole.
+    The rows do not depend on each other once the mask is known; the authors' code makes its masks
+    on the way, so that one process solves the layer whole.
     """
     start = time.perf_counter()
     rows, cols = pair.base.shape
@@ -117,33 +139,9 @@ def solve_layer(
                 tiles = iter(held)
             weight = solve_tiles(part, mask[own], tiles, report)
         report.kept = int(mask[own].count_nonzero())
-    if processes.count > 1:
-        weight = _together(weight, report, parts, processes)
     report.tokens = 0 if inputs.new is None else inputs.new.tokens
     report.seconds = time.perf_counter() - start
-    return weight, report
-
-
-def _together(
-    weight: torch.Tensor, report: LinearReport, parts: Sequence[slice], processes: Processes
-) -> torch.Tensor:
-    """Put the processes' rows together; ``report`` then says what it would say of all of them."""
-    own = parts[processes.rank]
-    whole = weight.new_empty((report.rows, report.cols))
-    whole[own] = weight[: own.stop - own.start]
-    facts = (getattr(report, name) for name in (*_LOSSES, "iterations"))
-    with processes.exchange():
-        told = processes.gather(report.kept, *(math.nan if f is None else f for f in facts))
-        for rank, part in enumerate(parts):
-            processes.broadcast(whole[part], rank)
-    kept, *sums, iterations = zip(*told, strict=True)
-    report.kept = int(sum(kept))
-    for name, values in zip(_LOSSES, sums, strict=True):
-        known = [value for value in values if not math.isnan(value)]
-        setattr(report, name, math.fsum(known) if known else None)
-    steps = [value for value in iterations if not math.isnan(value)]
-    report.iterations = int(max(steps)) if steps else None
-    return whole
+    return Solved(weight, report, parts)
 
 
 def write_patch(base: torch.Tensor, patch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -239,7 +237,7 @@ def _record(report: LinearReport, result: Decorated | None) -> None:
     """Add what some rows' solve tells to the layer's."""
     if result is None:
         return
-    for name in _LOSSES:
+    for name in LOSSES:
         before = getattr(report, name) or 0.0
         setattr(report, name, before + float(getattr(result, name)))
     report.iterations = max(report.iterations or 0, int(result.iterations))

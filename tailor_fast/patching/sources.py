@@ -27,7 +27,6 @@ from tailor_fast.checkpoint import (
     open_tuned,
     refuse_shape,
 )
-from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.models import (
     Target,
     build_skeleton,
@@ -106,16 +105,6 @@ class Sources:
         if name in self.layer_tensors:
             return (Origin("base", 0, self.joined.tensors[name].nbytes),)
         return self.joined.origins[name]
-
-    def read_unpatched(self, name: str) -> torch.Tensor:
-        """Return tensor ``name`` of the output as it is without a patch."""
-        info = self.joined.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.torch_dtype)
-        words = byte_view(tensor, writable=True)
-        for part in self.joined.origins[name]:
-            source = self.base if part.side == "base" else self.tuned
-            source.read_into(name, words[part.begin : part.end], part.begin, part.end)
-        return tensor
 
     def equal(self, name: str) -> bool:
         """Whether tensor ``name`` has the same bytes in both.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from tailor_fast._core.progress import Progress
-from tailor_fast._core.transfer import Outbox
+from tailor_fast._core.transfer import Outbox, to_device
 from tailor_fast.calibration.streamed import StreamedModel
 from tailor_fast.checkpoint import Hashed
+from tailor_fast.checkpoint.files import byte_view
 from tailor_fast.models import Target
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.pipeline import Writer
@@ -46,6 +47,22 @@ class StreamedWeights:
     def pair(self, target: Target) -> LayerPair:
         """Read the layer's tensors from both checkpoints."""
         return read_pair(self.sources, self.layers[target.name], self.device)
+
+    def read_unpatched(self, name: str) -> torch.Tensor:
+        """Return tensor ``name`` of the output as it is without a patch."""
+        sources, joined = self.sources, self.sources.joined
+        sides = {"base": sources.base, "tuned": sources.tuned}
+        info, parts = joined.tensors[name], joined.origins[name]
+        if len(parts) == 1:
+            stored = sides[parts[0].side].checkpoint.tensors[name]
+            if (stored.shape, stored.dtype) == (info.shape, info.dtype):
+                return sides[parts[0].side].read(name)
+        tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+        words = byte_view(tensor, writable=True)
+        for part in parts:
+            source = sides[part.side]
+            source.read_into(name, words[part.begin : part.end], part.begin, part.end)
+        return tensor
 
     def install(self, target: Target, weight: torch.Tensor, row: LinearReport) -> None:
         """Write ``weight`` ``[rows, cols]`` to the output; the patched model runs with it."""
@@ -95,13 +112,13 @@ def read_pair(sources: Sources, layer: LayerOnDisk, device: torch.device) -> Lay
     """Read a layer's tensors from both checkpoints; weights become ``[rows, cols]``."""
 
     def matrix(source: Hashed) -> torch.Tensor:
-        stored = source.read(layer.tensor).to(device)
+        stored = to_device(source.read(layer.tensor), device)
         if layer.target.transposed:
             stored = stored.transpose(-2, -1).contiguous()
         return stored.view(-1, stored.shape[-1])
 
     def bias(source: Hashed) -> torch.Tensor | None:
-        return None if layer.bias is None else source.read(layer.bias).to(device)
+        return None if layer.bias is None else to_device(source.read(layer.bias), device)
 
     base, tuned = sources.base, sources.tuned
     return LayerPair(matrix(base), matrix(tuned), bias(base), bias(tuned))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ from tailor_fast._core.transfer import (
     own_stream,
     page_locked,
     panels,
+    to_device,
 )
 
 CARD = torch.device("meta")  # stands for a card: another device, without memory
@@ -271,6 +273,32 @@ def test_each_thread_keeps_its_stream(card: Card) -> None:
     assert first is again
     assert first is not other
     assert card.made == 2
+
+
+class _Copies(TorchDispatchMode):
+    """Notes whether the host waits for the copies to a card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            self.waits.append(not (kwargs or {}).get("non_blocking", False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_the_host_waits_for_no_page_locked_memory(
+    locked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _tensor: locked)
+    with FakeTensorMode(), _Copies() as copies:
+        there = to_device(torch.empty(3, 2), torch.device("cuda:0"), torch.bfloat16)
+    assert (there.device, there.dtype) == (torch.device("cuda:0"), torch.bfloat16)
+    assert copies.waits == [not locked]
+    tensor = torch.ones(3)
+    assert to_device(tensor, torch.device("cpu")) is tensor
 
 
 @pytest.mark.parametrize("failed", [0, 801])

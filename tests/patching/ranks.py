@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -31,6 +32,7 @@ from tailor_fast import (
     patch_checkpoint,
     tailor_model,
 )
+from tailor_fast._core import window
 from tailor_fast._core.errors import InputError, StorageError
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Silent
@@ -150,6 +152,59 @@ def outcome(case: Callable[[Processes], None]) -> dict[str, Any]:
     return {"kind": None}
 
 
+# How the processes reach each other, and what stands in the way of the memory that they share.
+WAYS = ("memory", "no memory for it", "out of sight", "another memory there")
+
+
+def drawn(rank: int) -> list[torch.Tensor]:
+    """Tensors of one process: several slots, parts of one, another dtype."""
+    generator = torch.Generator().manual_seed(rank)
+    sizes = (1, 7, 3000, 255, 0, 1024, 1025)
+    tensors = [torch.randn(size, generator=generator) for size in sizes]
+    return [*tensors, torch.randn(700, generator=generator, dtype=torch.float64)]
+
+
+def exchanged(way: str) -> dict[str, bool]:
+    """Sums and copies of tensors by one way, against those that this process forms by itself."""
+    with pytest.MonkeyPatch.context() as patch, join_processes() as processes:
+        if way == "no memory for it":
+            patch.setattr(os, "posix_fallocate", failing_call)
+        elif way == "out of sight" and processes.rank == 1:
+            patch.setattr(window, "_map", lambda _address, _size: None)
+        elif way == "another memory there" and processes.rank == 1:
+            patch.setattr(window, "_map", a_wrong_token)
+        patch.setattr(window, "SLOT_BYTES", 4096)
+        sums, every = drawn(processes.rank), [drawn(rank) for rank in range(processes.count)]
+        last = sums[2].clone()
+        processes.add(sums)
+        expected = [sum(parts[1:], parts[0]) for parts in zip(*every, strict=True)]
+        processes.broadcast(last, processes.count - 1)
+        small = torch.tensor([processes.rank], dtype=torch.int64)
+        processes.broadcast(small, 1)
+        return {
+            "sums": all(
+                torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+                for one, other in zip(sums, expected, strict=True)
+            ),
+            "same order": all(map(torch.equal, sums, expected)),
+            "copies": torch.equal(last, every[-1][2]) and small.item() == 1,
+            "shared": getattr(processes, "_window", None) is not None,
+        }
+
+
+def failing_call(*_args: object) -> None:
+    """There is no room."""
+    raise OSError("no room")
+
+
+def a_wrong_token(address: bytes, size: int) -> Any:
+    """As if the number of a process meant another one here."""
+    return MAP(address[:-1] + bytes([address[-1] ^ 1]), size)
+
+
+MAP = window._map
+
+
 def on_disk(folder: Path, processes: Processes) -> None:
     """The two jobs over checkpoints, into ``folder``."""
     options = RunOptions(batch_size=2)
@@ -250,6 +305,7 @@ def member(folder: Path, rank: int, count: int) -> int:
             save_file(state, made / f"{name} {rank}.safetensors")
             (made / f"{name} {rank}.json").write_text(json.dumps(result.report.to_dict()))
         on_disk(folder, processes)
+    (made / f"exchanges {rank}.json").write_text(json.dumps({w: exchanged(w) for w in WAYS}))
     ends = {name: outcome(case) for name, case in FAILURES.items()}
     if rank < count - 1:  # the last one goes as if it were killed
         ends["killed"] = outcome(lambda processes: processes.wait())

@@ -21,7 +21,7 @@ from tailor_fast.checkpoint import REPORT_NAME
 from tailor_fast.patchfile import diff_checkpoints
 from tailor_fast.patching.checkpoints import patch_checkpoint
 from tests.patching import disk
-from tests.patching.ranks import FAILURES, RECIPE, RECIPES, on_disk, tailored
+from tests.patching.ranks import FAILURES, RECIPE, RECIPES, WAYS, on_disk, tailored
 from tests.patching.test_resuming import lasting
 from tests.source_tree import ROOT
 
@@ -110,6 +110,18 @@ def test_the_statistics_are_those_of_one_process(folder: Path, count: int, kind:
     ours, alone = (load_file(folder / f"{n}" / f"{kind}.safetensors") for n in (count, 1))
     assert_same(ours, alone)
     assert all(torch.equal(ours[name], alone[name]) for name in ours if name.endswith("tokens"))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_and_copies_by_memory_and_by_network(folder: Path, way: str, count: int) -> None:
+    for rank in range(count):
+        found = json.loads((folder / f"{count}" / f"exchanges {rank}.json").read_text())[way]
+        assert found["sums"]
+        assert found["copies"]
+        assert found["shared"] == (way == "memory")
+        if way == "memory":
+            assert found["same order"]
 
 
 ENDS = {
