@@ -14,7 +14,7 @@ help:
 	@echo "make demo   make a model pair from real images, fine-tune it until it forgets, tailor it, print the table"
 	@echo "make test   run every test (sets up $(VENV) when it is missing)"
 	@echo "make asan   run the native kernels' tests under AddressSanitizer and UBSan"
-	@echo "make quality  every method on the hard LLaVA protocols (25 minutes); quality-full: all protocols (many hours)"
+	@echo "make quality  every method on the hard LLaVA protocols (a quarter of an hour); quality-full: all protocols (many hours)"
 	@echo "make bench  time the ops against eager torch"
 	@echo "make docs   build the documentation into build/site"
 	@echo "make lint | type | fmt"

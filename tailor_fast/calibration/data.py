@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 
+from tailor_fast._core.errors import InputError
 from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.prepared import hash_prepared, is_tensors, read_prepared
@@ -18,6 +20,12 @@ from tailor_fast.models.samples import Part, count_samples, hash_samples, read_s
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Of a picture and the like: its words come from elsewhere, and a model may have no row for it.
+_PLACEHOLDERS = tuple(
+    f"{kind}_token_{name}" for kind in ("image", "video", "audio") for name in ("id", "index")
+)
+Tensors = TypeVar("Tensors", bound=Mapping[str, torch.Tensor])
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def read_data(
         share=counted,
     )
     note = _note(path, len(samples), found, options)
-    moved = [batch.to(device) for batch in batches]
+    moved = [batch.to(device) for batch in _known(batches, model, path)]
     return Data(moved, len(samples), hash_samples(samples), note, first)
 
 
@@ -99,6 +107,28 @@ def hash_data(path: Path, most: int | None, part: Part = "all") -> str:
     if is_tensors(path):
         return hash_prepared(path, most, part)
     return hash_samples(read_samples(path, most=most, part=part))
+
+
+def _known(batches: Iterable[Tensors], model: PreTrainedModel, path: Path) -> Iterator[Tensors]:
+    """The batches, of whose tokens the model has an embedding."""
+    embedding = model.get_input_embeddings()
+    words = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    held = {getattr(model.config, name, None) for name in _PLACEHOLDERS} - {None}
+    for batch in batches:
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = batch.get(name)
+            if words is None or ids is None:
+                continue
+            unknown = ids[(ids < 0) | (ids >= words)]
+            for token in held:
+                unknown = unknown[unknown != token]
+            if len(unknown):
+                raise InputError(
+                    f"{path}: a sample has token {int(unknown[0])}; expected one of the {words}"
+                    " that the model has an embedding for; take the tokenizer that it was trained"
+                    " with, or save the model with its embedding resized"
+                )
+        yield batch
 
 
 def _note(path: Path, used: int, found: int, options: RunOptions) -> str:

@@ -121,6 +121,20 @@ def test_unusable_data_is_found_by_the_plan_too(
     assert not out.exists()
 
 
+def test_a_token_without_an_embedding_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As where words were added to a tokenizer and the model was not resized."""
+    for folder in pair:
+        config = json.loads((folder / "tokenizer.json").read_text())
+        word = {"id": 4711, "content": "new", "special": False, "single_word": True}
+        word |= {"lstrip": False, "rstrip": False, "normalized": False}
+        config["added_tokens"].append(word)
+        (folder / "tokenizer.json").write_text(json.dumps(config))
+    data = lines(tmp_path / "new.jsonl", prompt("a b c"), prompt("a new b"))
+    for run in (patch_checkpoint, plan_patch):
+        with pytest.raises(InputError, match=r"has token \d+; expected one of the \d+ that the mo"):
+            run(*pair, tmp_path / "out", calibration=data)
+
+
 @pytest.mark.parametrize("run", [plan_patch, patch_checkpoint])
 def test_a_missing_processor_and_a_broken_picture_are_found(
     run: Callable[..., Any], tmp_path: Path
