@@ -43,6 +43,7 @@ HELD: dict[str, tuple[Hold, list[holding.Shape], tuple[torch.dtype, ...]]] = {
     "decorate_official": (holding.hold_official, LAYERS, FLOATS),
     "encode and apply": (holding.hold_codec, FLAT, WORDS),
     "panels": (overlap.hold_panels, MATRICES, FLOATS),
+    "arrivals": (overlap.hold_arrivals, PAIRS, FLOATS),
     "outbox": (overlap.hold_outbox, PAIRS, FLOATS),
     "own streams": (overlap.hold_threads, PAIRS, FLOATS),
 }

@@ -17,7 +17,7 @@ from benchmarks.gpu.holding import Shape, require
 from benchmarks.gpu.plan import DENSITY
 from benchmarks.gpu.run import Run
 from tailor_fast._core.backend import Backend
-from tailor_fast._core.transfer import Outbox, own_stream, page_locked, panels
+from tailor_fast._core.transfer import Outbox, own_stream, page_locked, panels, to_device
 from tailor_fast.ops.select import select_patch
 
 PANEL = 64  # rows of a piece
@@ -39,6 +39,22 @@ def hold_panels(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:
         require(len(pieces[-1]) == place.stop - place.start, f"rows {place} have another number")
     require(torch.equal(torch.cat(pieces).cpu(), matrix), "not the words of the machine's memory")
     return f"{len(pieces)} pieces"
+
+
+def hold_arrivals(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:
+    """``to_device`` of page-locked memory that is dropped, and taken anew, before it is copied."""
+    torch.manual_seed(run.seed + index)
+    locked, expected, there = run.device.type == "cuda", [], []
+    for _ in range(SENT):
+        tensor = torch.empty(shape, dtype=dtype, pin_memory=locked).copy_(torch.randn(shape))
+        expected.append(tensor.clone())
+        _keep_busy(run)
+        there.append(to_device(tensor, run.device).clone())
+        del tensor
+        torch.empty(shape, dtype=dtype, pin_memory=locked).fill_(float("nan"))
+    for ours, tensor in zip(there, expected, strict=True):
+        require(torch.equal(ours.cpu(), tensor), "not the words of the machine's memory")
+    return f"{SENT} tensors"
 
 
 def hold_outbox(run: Run, shape: Shape, dtype: torch.dtype, index: int) -> str:

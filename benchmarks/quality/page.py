@@ -14,6 +14,8 @@ from benchmarks.quality import (
     stitching_table,
     target,
     target_table,
+    tried,
+    tried_table,
 )
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.report import Line, Spread
@@ -186,6 +188,13 @@ def _target(path: Path) -> str:
     return target_table.table(list(cells.read(path))) if path.exists() else "Not measured yet."
 
 
+def _tried(path: Path) -> tuple[str, str]:
+    if not path.exists():
+        return ("Not measured yet.",) * 2
+    found = tried.load(path)
+    return tried_table.table(found), tried_table.factors(found)
+
+
 def render(folder: Path = RESULTS) -> str:
     """Return the page; a protocol that was not measured is left out."""
     lines = report.summarise(report.measured(folder))
@@ -200,6 +209,8 @@ def render(folder: Path = RESULTS) -> str:
     told = template.replace("{sections}", "\n\n".join(sections))
     told = told.replace("{defaults}", _defaults(folder / defaults.OUT.name))
     told = told.replace("{target}", _target(folder / target.OUT.name))
+    attempts, factors = _tried(folder / tried.OUT.name)
+    told = told.replace("{tried}", attempts).replace("{factors}", factors)
     return told.replace("{goals}", goals.table(lines))
 
 
