@@ -167,8 +167,11 @@ def write(cells: Sequence[Cell], folder: Path, command: str) -> None:
 
 
 def _merged(path: Path, remark: str, cells: Sequence[Cell]) -> tuple[list[str], list[Cell]]:
-    """The remarks and cells of a file after a run: what the same code measured before stays."""
-    merged = {cell.key: cell for cell in cells}
+    """The remarks and cells of a file after a run: what the same code measured before stays.
+
+    A row has one cell for each pair of models and density, whatever setting was chosen.
+    """
+    merged = {_place(cell): cell for cell in cells}
     remarks = [remark]
     if path.exists():
         before = [from_line(line) for line in read(path) if line["code"] == code_version()]
@@ -177,14 +180,15 @@ def _merged(path: Path, remark: str, cells: Sequence[Cell]) -> tuple[list[str], 
             command = remark.split(";")[0]
             earlier = [line for line in lines if line.startswith("#")]
             remarks = [line for line in earlier if line.split(";")[0] != command] + remarks
-        merged = {cell.key: cell for cell in before} | merged
-    order = list(ROWS)
+        merged = {_place(cell): cell for cell in before} | merged
+    return remarks, [merged[place] for place in sorted(merged)]
 
-    def place(cell: Cell) -> tuple[int, float, int, int]:
-        key = cell.key
-        return order.index(key.row), key.density, key.pretraining_seed, key.finetuning_seed
 
-    return remarks, sorted(merged.values(), key=place)
+def _place(cell: Cell) -> tuple[int, float, int, int]:
+    """Where the cell stands in its protocol's file."""
+    key = cell.key
+    row = list(ROWS).index(key.row)
+    return row, key.density, key.pretraining_seed, key.finetuning_seed
 
 
 def measured(folder: Path) -> list[Cell]:

@@ -151,6 +151,10 @@ def test_a_file_keeps_what_another_command_of_the_same_code_put_there(
     ]
     lines = (tmp_path / "hard-next.csv").read_text().splitlines()
     assert [line.split(";")[0] for line in lines if line[0] == "#"] == ["# one", "# two"]
+    other = replace(more[0], key=replace(more[0].key, setting='{"another": "choice"}'))
+    report.write([other], tmp_path, "two")
+    assert report.measured(tmp_path)[-1] == other
+    assert len(report.measured(tmp_path)) == 6
     monkeypatch.setattr(report, "code_version", lambda: "other")
     report.write(more, tmp_path, "three")
     assert report.measured(tmp_path) == more[::-1]
