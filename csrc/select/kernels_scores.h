@@ -148,7 +148,7 @@ TAILOR_FAST_INLINE void add_terms(const void* base, const void* tuned, const voi
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) add(i, Floats{});
-  for (; i < count; ++i) add(i, 0.0f);
+  for (int64_t rest = count % kLanes; rest > 0; --rest, ++i) add(i, 0.0f);
 }
 
 // Returns the largest magnitude among the terms, as bits.

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,10 @@ from tailor_fast.patching.equations import System
 from tailor_fast.patching.recipe import MEASURED_RETAIN
 from tailor_fast.patching.report import LinearReport
 from tests.benchmarks.quality.conftest import INSTANT
+
+
+def quiet(_line: str) -> None:
+    """Nothing is printed."""
 
 
 def problem(cols: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,9 +161,8 @@ def test_a_run_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     names = ("factor 0.5", "exchanges", "two passes")
     monkeypatch.setattr(tried, "TRIES", {name: tried.TRIES[name] for name in names})
-    saying: Any = lambda _line: None  # noqa: E731
     path = tmp_path / "cells.csv"
-    cells = list(tried.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), saying))
+    cells = list(tried.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), quiet))
     assert [one.key.row for one in cells] == ["base", "tuned", *names]
     changed = {one.key.row: one.changed for one in cells}
     assert (changed.pop("base"), changed.pop("tuned")) == (0.0, 1.0)
@@ -170,6 +172,6 @@ def test_a_run_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert left == (MEASURED_RETAIN, refit.refit_mask)
 
     monkeypatch.setattr(tried, "Bench", None)  # nothing is left to measure
-    assert list(tried.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), saying)) == cells
+    assert list(tried.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), quiet)) == cells
     tried.save(cells, tmp_path / "table.csv", "one command")
     assert tried.load(tmp_path / "table.csv") == cells
