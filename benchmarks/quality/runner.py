@@ -1,16 +1,18 @@
 """Fills the cells of a plan: trains what is missing, chooses on validation scenes, then tests."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.cells import Cell, Key, Store, setting_text
-from benchmarks.quality.protocols import PROTOCOLS
+from benchmarks.quality.protocols import PROTOCOLS, Protocol
 from benchmarks.quality.rows import ROWS, Hyper, Row
 from benchmarks.quality.scenes import Split
+from benchmarks.quality.training import Made
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,23 @@ class Runner:
         work: folder of checkpoints and cells.
         store: cells measured so far.
         report: called with a line of progress at a time.
+        protocols: those that plans name; None: ``PROTOCOLS``.
+        bench: made from a protocol, its two checkpoints and a seed; None: ``Bench``.
     """
 
-    def __init__(self, work: Path, store: Store, report: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        work: Path,
+        store: Store,
+        report: Callable[[str], None] = print,
+        protocols: Mapping[str, Protocol] | None = None,
+        bench: Callable[[Any, Made, Made, int], Bench] | None = None,
+    ) -> None:
         self._work = work
         self._store = store
         self._report = report
+        self._protocols = PROTOCOLS if protocols is None else protocols
+        self._bench = bench or Bench
 
     def run(self, plan: Plan) -> list[Cell]:
         """Measure what is missing and return the plan's test cells."""
@@ -59,13 +72,13 @@ class Runner:
         ]
 
     def _pair(self, plan: Plan, protocol: str, pretraining: int, finetuning: int) -> Iterator[Cell]:
-        chosen = PROTOCOLS[protocol]
+        chosen = self._protocols[protocol]
         base, tuned = chosen.make(self._work, pretraining, finetuning, self._report)
         bench: Bench | None = None
 
         def lazily() -> Bench:
             nonlocal bench
-            bench = bench or Bench(chosen, base, tuned, finetuning)
+            bench = bench or self._bench(chosen, base, tuned, finetuning)
             return bench
 
         for name in plan.rows:
