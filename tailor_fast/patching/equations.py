@@ -117,13 +117,6 @@ class Equations:
         return System(self.gram, rhs, damping, energy, scale)
 
 
-def build_system(
-    layer: Layer, new: Moments, old: Moments | None, percdamp: float, retain_weight: float
-) -> System:
-    """Form the normal equations of one layer; the arguments are those of ``Equations``."""
-    return Equations(new, old, percdamp, retain_weight).system(layer)
-
-
 def bias_shift(target: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
     """``b_target - b_out``; None when it is zero."""
     if target is None or out is None or torch.equal(target, out):

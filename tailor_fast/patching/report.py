@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +159,3 @@ class Report:
         body["kept"] = self.kept
         body["density"] = self.kept / max(1, self.targeted)
         return body
-
-    def to_json(self) -> str:
-        """Deterministic JSON text but for the seconds."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"

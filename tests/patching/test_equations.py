@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tailor_fast.calibration.moments import MomentSums
-from tailor_fast.patching.equations import Layer, build_system, positive_damping
+from tailor_fast.patching.equations import Equations, Layer, positive_damping
 from tailor_fast.testing import assert_within
 
 ROWS, COLS, TOKENS = 7, 10, 200
@@ -46,7 +46,7 @@ def test_system_is_the_gradient_of_equation_6(retain: bool, moved: bool, bias: s
     x_q = x_b + 0.1 * torch.randn(TOKENS, COLS) if retain and moved else x_b
     new = _moments(x_p, x_t if moved else None)
     old = None if x_b is None else _moments(x_q, x_b if moved else None)
-    system = build_system(layer, new, old, percdamp=0.05, retain_weight=0.3)
+    system = Equations(new, old, percdamp=0.05, retain_weight=0.3).system(layer)
 
     delta = w1 - w0
     rhs = delta @ system.gram if system.rhs is None else system.rhs
@@ -75,7 +75,7 @@ def test_system_is_the_gradient_of_equation_6(retain: bool, moved: bool, bias: s
 def test_no_right_hand_side_where_the_answer_is_delta_x() -> None:
     w0, x = torch.randn(ROWS, COLS), torch.randn(TOKENS, COLS)
     layer = Layer(w0, w0 + 1.0, None, None, None)
-    system = build_system(layer, _moments(x, None), None, 0.01, 0.1)
+    system = Equations(_moments(x, None), None, 0.01, 0.1).system(layer)
     assert system.rhs is None
 
 
@@ -85,8 +85,8 @@ def test_retention_is_scaled_to_the_new_task() -> None:
     new = _moments(x, None)
     old, large = _moments(x, None), _moments(100.0 * x, None)
     damping = positive_damping(new.diag, 0.01)
-    near = build_system(layer, new, old, 0.01, 0.5)
-    far = build_system(layer, new, large, 0.01, 0.5)
+    near = Equations(new, old, 0.01, 0.5).system(layer)
+    far = Equations(new, large, 0.01, 0.5).system(layer)
     assert near.retain_scale == pytest.approx(0.5 * (1 + 0.01), rel=1e-5)
     assert far.retain_scale == pytest.approx(near.retain_scale / 1e4, rel=1e-5)
     assert far.damping == pytest.approx(damping)

@@ -10,7 +10,7 @@ from tailor_fast._core.processes import ALONE
 from tailor_fast.calibration.moments import DiagonalMoments, MomentSums
 from tailor_fast.ops.decorate import decorate_exact
 from tailor_fast.patching import Recipe
-from tailor_fast.patching.equations import Layer, build_system
+from tailor_fast.patching.equations import Equations, Layer
 from tailor_fast.patching.refit import refit_mask
 from tailor_fast.stitching.joint import Answer, JointSums, require_grams
 from tailor_fast.testing import assert_within
@@ -142,9 +142,8 @@ def test_a_refitted_mask_and_its_patch_are_the_dense_solutions(tile: int) -> Non
 
 def test_a_single_task_is_equation_6() -> None:
     base, bias, (x, _), (tuned, _), (out, _), old = problem()
-    system = build_system(
-        Layer(base, tuned, bias, out, bias), moments(x), moments(old), PERCDAMP, RETAIN
-    )
+    equations = Equations(moments(x), moments(old), PERCDAMP, RETAIN)
+    system = equations.system(Layer(base, tuned, bias, out, bias))
     sums = JointSums(base, bias)
     sums.add(Answer(tuned, out, moments(x)), 1.0)
     single = sums.finish(moments(old), PERCDAMP, RETAIN)
