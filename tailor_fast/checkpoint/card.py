@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tailor_fast._core.regular import read_regular
+from tailor_fast._core.regular_file import read_regular
 from tailor_fast.checkpoint.hub import REPOSITORY
 from tailor_fast.checkpoint.sidefiles import CARD_NAME
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tailor_fast._core.errors import InputError, OutputError, UsageError
 from tailor_fast._core.progress import Progress, Silent
-from tailor_fast._core.regular import read_regular
+from tailor_fast._core.regular_file import read_regular
 from tailor_fast.checkpoint import local_path
 from tailor_fast.checkpoint.sidefiles import side_files
 from tailor_fast.evaluation.generating import GenerationOptions, Speaker

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tailor_fast._core.regular import read_regular
+from tailor_fast._core.regular_file import read_regular
 from tailor_fast.models.linears import Target
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

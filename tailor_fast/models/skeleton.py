@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tailor_fast._core.errors import InputError
-from tailor_fast._core.regular import read_regular
+from tailor_fast._core.regular_file import read_regular
 from tailor_fast.models.experts import SplitExperts, fused_targets, split_
 from tailor_fast.models.original import ORIGINAL_CLASSES
 
@@ -114,7 +114,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _parameters_on_meta() -> Iterator[None]:
     """Put each parameter on ``meta`` as it is registered; buffers stay what they are.
 
-    ``torch.device("meta")`` would lose the buffers that constructors compute.
+    ``torch.device("meta")`` would lose the buffers that constructors compute. The change is seen by
+    the whole process: no other thread may build modules meanwhile.
     """
     original = nn.Module.register_parameter
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tailor_fast._core.regular import read_regular
+from tailor_fast._core.regular_file import read_regular
 
 
 def test_regular_files_and_links_to_them(tmp_path: Path) -> None:
