@@ -53,9 +53,15 @@ class PredictionFile(Closing):
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.close()
             raise OutputError(f"{path}: another run is writing it; wait for it") from None
+        except OSError as error:
+            self.close()
+            raise OutputError(
+                f"{path}: cannot be locked: {error.strerror}; choose a place on a file system that"
+                " can lock"
+            ) from error
         try:
             if not self._go_on(header, overwrite):
                 os.ftruncate(self._fd, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 
@@ -86,3 +88,12 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         PredictionFile(path, FACTS)
     with pytest.raises(OutputError, match="cannot be written"):
         PredictionFile(tmp_path / "none" / "a.jsonl", FACTS)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_fd: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="cannot be locked: No locks available; choose a place"):
+        PredictionFile(tmp_path / "a.jsonl", FACTS)
