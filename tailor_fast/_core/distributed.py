@@ -151,8 +151,9 @@ class Distributed(Processes):
             return None
         if not self._looked:
             self._looked = True
-            known = (self.rank, self.count, lambda words: self._send(words, 0))
-            self._window = open_window(*known, self._all, self._wait)
+            self._window = open_window(
+                self.rank, self.count, lambda words: self._send(words, 0), self._all, self._wait
+            )
         return self._window
 
     def _send(self, words: torch.Tensor, source: int) -> None:

@@ -89,8 +89,7 @@ def patch_checkpoint(
     request = _request(base, tuned, out, recipe, calibration, statistics, retain, options)
     found = None
     if target_old is not None:
-        search = (target_old, request, processes, progress)
-        request, found = search_target(*search, patch_checkpoint)
+        request, found = search_target(target_old, request, processes, progress, patch_checkpoint)
     job = Job(request, progress, held)
     if found is not None:
         job.report.target_old = found

@@ -105,8 +105,14 @@ class Solver:
                 self.report.linears.append(earlier)
                 continue
             with self.report.timed("solve"), naming("solve", name):
-                options = (inputs, self._masks, self._recipe.of(name), self.processes)
-                solved = solve_part(target, self._weights.pair(target), *options)
+                solved = solve_part(
+                    target,
+                    self._weights.pair(target),
+                    inputs,
+                    self._masks,
+                    self._recipe.of(name),
+                    self.processes,
+                )
             solved.report.note = note
             self.report.linears.append(solved.report)
             if self.processes.count > 1:
@@ -142,8 +148,9 @@ class Solver:
         if new is None or recipe.salience_weight == 1.0 or recipe.decorate == "official":
             return None
         with self.report.timed("scores"), naming("scores", members[0]):
-            options = (recipe.sensitivity, new, old, recipe.percdamp)
-            return column_weight(*options, members[0], self.processes)
+            return column_weight(
+                recipe.sensitivity, new, old, recipe.percdamp, members[0], self.processes
+            )
 
 
 def units_of(recipe: Recipe, model: nn.Module | None, targets: Iterable[str]) -> dict[str, str]:

@@ -16,12 +16,27 @@ def encode_patch(
     size, width, threads = base.numel(), base.element_size(), torch.get_num_threads()
     bits = torch.empty(mask_bytes(size), dtype=torch.uint8)
     blocks = torch.empty(block_count(size), dtype=torch.int32)
-    pair = base.data_ptr(), tuned.data_ptr()
-    allow = 0 if mask is None else mask.data_ptr()
-    found = _C.codec_mark(*pair, allow, size, width, bits.data_ptr(), blocks.data_ptr(), threads)
+    found = _C.codec_mark(
+        base.data_ptr(),
+        tuned.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        size,
+        width,
+        bits.data_ptr(),
+        blocks.data_ptr(),
+        threads,
+    )
     words = torch.empty(found, dtype=WORD_DTYPES[width])
-    where = bits.data_ptr(), blocks.data_ptr()
-    _C.codec_gather(*pair, size, width, *where, words.data_ptr(), threads)
+    _C.codec_gather(
+        base.data_ptr(),
+        tuned.data_ptr(),
+        size,
+        width,
+        bits.data_ptr(),
+        blocks.data_ptr(),
+        words.data_ptr(),
+        threads,
+    )
     return bits, words, blocks
 
 
