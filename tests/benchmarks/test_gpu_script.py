@@ -22,7 +22,7 @@ def shell(
         env=os.environ | {"PYTHON": str(python)} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

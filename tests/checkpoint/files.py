@@ -77,7 +77,7 @@ def run_python(
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment,
         check=False,
         cwd=cwd,

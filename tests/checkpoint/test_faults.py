@@ -330,7 +330,7 @@ def test_signals(tmp_path: Path, number: int, mode: str, code: int) -> None:
         assert process.stdout.readline() == "half\n"
         assert len(list(tmp_path.iterdir())) == 2
         process.send_signal(number)
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=300) == code
     assert not (tmp_path / "out").exists()
     if number == signal.SIGKILL:
         assert len(list(tmp_path.iterdir())) == 2

@@ -177,7 +177,7 @@ def test_signals(tmp_path: Path, command: str, number: int, code: int, told: str
         assert process.stderr is not None
         assert process.stdout.readline() == "half\n"
         process.send_signal(number)
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=300) == code
         assert process.stderr.read() == told
     if number == signal.SIGKILL:
         assert len(names_in(tmp_path)) == len(before) + 2

@@ -247,7 +247,7 @@ class Breaking(Silent):
     def group(self, name: str, done: int, total: int, bytes_done: int) -> None:
         if done < 3:
             return
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while self._finished() == 0:
             if time.monotonic() > end:
                 raise TimeoutError("no tensor was finished")
