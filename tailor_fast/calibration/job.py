@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from tailor_fast._core.errors import UsageError
-from tailor_fast._core.machine import check_memory
+from tailor_fast._core.machine import check_memory, naming, release_free_memory
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.progress import Progress, Silent
 from tailor_fast.calibration.collect import Collector
 from tailor_fast.calibration.data import Data, read_data
+from tailor_fast.calibration.device import Room, input_columns
 from tailor_fast.calibration.groups import Groups, discover
-from tailor_fast.calibration.lockstep import Lockstep, Stream
+from tailor_fast.calibration.lockstep import Lockstep, Site, Stream
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Kind, StatisticsHeader, write_group
@@ -54,6 +55,8 @@ class CalibrationReport:
         seconds: wall time.
         notes: what was decided, a sentence each.
         processes: that did it together.
+        planned: bytes that weights, sums and a pass were to take where the model ran; None where
+            nothing bounds it.
     """
 
     groups: int
@@ -65,6 +68,7 @@ class CalibrationReport:
     seconds: float
     notes: tuple[str, ...]
     processes: int = 1
+    planned: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -84,7 +88,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Run samples through a model and write the second moments of its layers' inputs.
 
-    One block of the model and the sums of one input group are in memory at a time.
+    One block of the model and the sums of one input group are in memory at a time. Passes that wait
+    have what ``options.max_vram`` leaves beside them; beyond it they go to the machine's memory,
+    and beyond ``options.max_ram`` to disk.
 
     Args:
         model: checkpoint directory; or that of a LoRA adapter, which runs merged into ``base``.
@@ -103,12 +109,12 @@ def calibrate(
         PeerError: another process failed.
         StorageError: reading or writing failed half way.
         UsageError: ``out`` has another ending; ``options.max_ram`` is more than the machine has;
-            ``options.max_vram`` is given; an adapter without its base, or a base without one.
+            it, ``options.max_vram`` or the GPU is too small for the largest group; an adapter
+            without its base, or a base without one.
     """
     start, options, progress = time.perf_counter(), options or RunOptions(), progress or Silent()
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"{out}: expected a name that ends in .safetensors")
-    options.refuse_max_vram("calibrate")
     device = _device(options)
     with ExitStack() as stack:
         source = Hashed(_open(stack, local_path(model), base))
@@ -120,6 +126,7 @@ def calibrate(
         processor = source.checkpoint.processor_directory or local_path(model)
         read = read_data(Path(data), processor, streamed.model, options, device, processes.share)
         running = streamed.model
+        room = Room(running, read.batches, kind, options, source.checkpoint.reading_bytes)
         stream = Stream("model", running, read.batches, caller(running), read.first)
         attach(stack, streamed)
         progress.note("hashing the model and finding the input groups")
@@ -128,13 +135,14 @@ def calibrate(
         processes.agree("model, data and kind", [names, list(keys.items()), read.sha256, kind])
         groups = discover(stream, names, streamed.residency.blocks, processes)
         streamed.residency.release()
+        room.add_repeated(groups.repeated)
         staged = None
         if processes.rank == 0:
             weights = {name: source.digests[keys[f"{name}.weight"]] for name in names}
             header = _header(kind, root, read, options.tokens, groups, streamed, weights)
             layout, again = header.layout(), options.overwrite
             staged = stack.enter_context(StagedFile(out, layout, overwrite=again, inputs=inputs))
-        spill = _spill(stack, options, Path(out))
+        spill = room.spill(stack, Path(out))
         most = _Walk(stream, groups, staged, kind, progress, spill, processes).run()
         if staged is not None:
             staged.commit()
@@ -150,17 +158,10 @@ def calibrate(
         tokens=most,
         bytes=size,
         seconds=time.perf_counter() - start,
-        notes=(read.note,) if read.note else (),
+        notes=tuple(note for note in (read.note, room.note) if note),
         processes=processes.count,
+        planned=None if room.plan is None else room.plan.bytes,
     )
-
-
-def _spill(stack: ExitStack, options: RunOptions, out: Path) -> ActivationSpill | None:
-    if options.max_ram is None:
-        return None
-    spill = ActivationSpill(options.max_ram, out.absolute().parent)
-    stack.callback(spill.close)
-    return spill
 
 
 def _device(options: RunOptions) -> torch.device:
@@ -200,13 +201,8 @@ def _header(
 ) -> StatisticsHeader:
     called = [site.modules for site in groups.sites if site.modules]
     layers = (*called, *((name,) for name in groups.repeated))
-    transposed = {target.name: target.transposed for target in find_targets(streamed.model)}
-
-    def cols(name: str) -> int:
-        weight = streamed.model.get_submodule(name).weight
-        return int(weight.shape[0 if transposed[name] else 1])  # type: ignore[index]  # untyped attribute
-
-    sizes = tuple(cols(group[0]) for group in layers)
+    cols = input_columns(streamed.model)
+    sizes = tuple(cols[group[0]] for group in layers)
     digests = tuple(tuple(weights[name] for name in group) for group in layers)
     return StatisticsHeader(kind, root, data.sha256, data.samples, tokens, layers, digests, sizes)
 
@@ -231,9 +227,10 @@ class _Walk:
         with Lockstep([self.stream], sites, spill=self.spill) as lockstep:
             for site in sites:
                 if site.modules:
-                    sums, tokens = collector.sums(lockstep, site, self.stream, self.kind)
-                    self._write(index, sums, tokens)
-                    written += sum(t.numel() * t.element_size() for t in sums.values())
+                    tokens, size = self._take(collector, lockstep, site, index)
+                    if self.spill is not None:
+                        release_free_memory()
+                    written += size
                     most, index = max(most, tokens), index + 1
                 else:
                     lockstep.gather(site)
@@ -242,6 +239,15 @@ class _Walk:
             self._write(index, sums, tokens)
             most, index = max(most, tokens), index + 1
         return most
+
+    def _take(
+        self, collector: Collector, lockstep: Lockstep, site: Site, index: int
+    ) -> tuple[int, int]:
+        """Write one group, whose sums leave memory with this call; returns tokens and bytes."""
+        with naming("statistics", site.modules[0]):
+            sums, tokens = collector.sums(lockstep, site, self.stream, self.kind)
+        self._write(index, sums, tokens)
+        return tokens, sum(t.nbytes for t in sums.values())
 
     def _write(self, index: int, sums: Mapping[str, torch.Tensor], tokens: int) -> None:
         if self.staged is not None:

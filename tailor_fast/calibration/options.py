@@ -17,10 +17,10 @@ class RunOptions:
     Attributes:
         device: where models run and layers are solved, ``cpu`` or ``cuda:N``.
         max_ram: bytes that weights, statistics and activations may take together, beyond the
-            program itself and its fixed work buffers (some 150 MiB); None sets no limit.
+            program itself and its fixed work buffers (some 100 MiB); None sets no limit.
         max_vram: bytes that all of it may take on ``device``; None takes what is free there. On a
             CPU it rehearses: the same work is laid out as if the device had so much. Patches of
-            checkpoints alone take it.
+            checkpoints and ``calibrate`` take it.
         max_shard_bytes: size of an output file.
         overwrite: replace an existing output, once the new one is complete.
         resume: go on from what an earlier run of the same job finished, where there is one

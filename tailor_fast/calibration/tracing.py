@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TEXT = ("input_ids", "decoder_input_ids")
+_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ def trace_lanes(
     nn.Module.to(model, "meta")  # the model's own `to` has a type that says nothing of devices
     found: dict[str, Lane] = {}
     wanted = list(names)
-    shapes: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    shapes: dict[tuple[Any, ...], tuple[Mapping[str, Any], bool]] = {}
     for batch in batches:
         sizes = {k: tuple(v.shape) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        shapes[tuple(sorted(sizes.items()))] = batch
-    for batch in shapes.values():
+        padded = _MASK in sizes and not bool(batch[_MASK].all())
+        shapes[(*sorted(sizes.items()), padded)] = batch, padded
+    for batch, padded in shapes.values():
         moved = {k: v.to("meta") for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        text = {name: moved[name] for name in _TEXT if name in moved}
+        taken = (*_TEXT, _MASK) if padded else _TEXT
+        text = {name: moved[name] for name in taken if name in moved}
         try:
-            lanes = _trace(model, text, wanted)
+            lanes = _trace(model, text, wanted, padded)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             return {}, str(error).splitlines()[0]
         for name, lane in lanes.items():
@@ -80,23 +83,33 @@ def trace_lanes(
 
 
 class _AsOnDevice(TorchFunctionMode):
-    """Takes the way of a pass without padding, with attention as the kernels of devices do it.
+    """Takes the way of a pass with padding or without, with attention as devices' kernels do it.
 
-    Meta tensors would form attention's matrix, and have no values for a model to look at.
+    Meta tensors would form attention's matrix, and have no values for a model to look at: it asks
+    whether all tokens count.
     """
+
+    def __init__(self, padded: bool) -> None:
+        super().__init__()
+        self._padded = padded
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, _key, value = args[:3]
+            mask = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
+            if mask is not None and mask.dtype is torch.bool:
+                mask = mask.to(query.dtype)  # the kernels add it
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         if func is torch.Tensor.__bool__:
-            return True
+            return not self._padded
         if func is torch.Tensor.item:
             return 1
         return func(*args, **(kwargs or {}))
 
 
-def _trace(model: nn.Module, batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Lane]:
+def _trace(
+    model: nn.Module, batch: Mapping[str, Any], names: Iterable[str], padded: bool
+) -> dict[str, Lane]:
     meter, lanes = Meter("meta"), dict[str, Lane]()
     last: list[tuple[weakref.ref[torch.Tensor], Lane]] = []
 
@@ -116,7 +129,7 @@ def _trace(model: nn.Module, batch: Mapping[str, Any], names: Iterable[str]) -> 
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_pre_hook(stop(name)) for name in names]
     try:
-        with torch.no_grad(), evaluating(model), _AsOnDevice(), meter:
+        with torch.no_grad(), evaluating(model), _AsOnDevice(padded), meter:
             caller(model)(model, batch)
     finally:
         for handle in handles:

@@ -25,13 +25,18 @@ class Waiting:
     def put(self, x: torch.Tensor, other: torch.Tensor | None) -> Iterator[Tokens]:
         """Take in the tokens of one batch; yields those whose turn it is, all in order.
 
+        What is yielded must be used before the next step: its memory is then written again.
+
         Args:
             x: ``[tokens, cols]``.
             other: the same tokens in the other stream; None where the two are one.
         """
         apart = self._rows is not None and (self._rows[1] is None) != (other is None)
         if apart or self._used + len(x) > TOKENS_AT_ONCE:
+            room = self._rows
             yield from self.take()
+            if not apart and len(x) < TOKENS_AT_ONCE:
+                self._rows = room  # what was in it has been used; a second one would be alive too
         if len(x) >= TOKENS_AT_ONCE:
             yield x, other
             return

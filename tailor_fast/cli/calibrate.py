@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tailor_fast.cli.options import BatchOptions, Quietable
+from tailor_fast.cli.options import BatchOptions, DeviceOptions, Quietable
 
 if TYPE_CHECKING:
     from tailor_fast.calibration import CalibrationReport
@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(BatchOptions, Quietable):
+class CalibrateOptions(BatchOptions, DeviceOptions, Quietable):
     """``MODEL --data DATA -o STATS``."""
 
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint or adapter directory.")]
@@ -74,6 +74,7 @@ def _show(report: CalibrationReport, out: Path) -> None:
                 "layers": f"{report.layers} in {report.groups} groups with one input each",
                 "uncalled": ", ".join(report.uncalled) or None,
                 "data": f"{report.samples:,} samples, {report.tokens:,} tokens",
+                "memory": report.planned and f"{shown_size(report.planned)} planned",
                 "time": f"{report.seconds:.1f} s",
                 "notes": "\n".join(report.notes) or None,
             }

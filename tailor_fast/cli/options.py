@@ -268,6 +268,21 @@ class BatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """How much of the device a run takes, for commands that bound it."""
+
+    max_vram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The same on the GPU; on a CPU it rehearses a GPU of that size.",
+            show_default="what is free",
+            rich_help_panel=_RUN,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What a patch is fitted on, and the size of its files."""
 

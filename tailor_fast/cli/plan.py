@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tailor_fast.cli.options import BatchOptions, DataOptions, Quietable, RecipeOptions
+from tailor_fast.cli.options import (
+    BatchOptions,
+    DataOptions,
+    DeviceOptions,
+    Quietable,
+    RecipeOptions,
+)
 
 if TYPE_CHECKING:
     from tailor_fast.patching.plan import PatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(RecipeOptions, DataOptions, BatchOptions, Quietable):
+class PlanOptions(RecipeOptions, DataOptions, BatchOptions, DeviceOptions, Quietable):
     """``BASE TUNED -o OUT`` and everything that decides what is done."""
 
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint before fine-tuning.")]
@@ -30,15 +36,6 @@ class PlanOptions(RecipeOptions, DataOptions, BatchOptions, Quietable):
             help="Search density and retain weight, where they are not given, for what keeps most"
             " of the new task while held-back samples of old ones keep this share: 0.99.",
             rich_help_panel="How it is adjusted",
-        ),
-    ] = None
-    max_vram: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="The same on the GPU; on a CPU it rehearses a GPU of that size.",
-            show_default="what is free",
-            rich_help_panel="The run",
         ),
     ] = None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tailor_fast._core.errors import UsageError
 from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast._core.yaml_file import read_mapping
-from tailor_fast.cli.options import BatchOptions, DataOptions, RecipeOptions
+from tailor_fast.cli.options import BatchOptions, DataOptions, DeviceOptions, RecipeOptions
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -67,7 +67,6 @@ def run_options(options: BatchOptions, processes: Processes = ALONE) -> RunOptio
     """
     from tailor_fast.calibration.options import RunOptions
     from tailor_fast.checkpoint import parse_size
-    from tailor_fast.cli.plan import PlanOptions
 
     given: dict[str, Any] = {
         "samples": options.samples,
@@ -76,7 +75,7 @@ def run_options(options: BatchOptions, processes: Processes = ALONE) -> RunOptio
         "tokens": options.tokens and options.tokens.value,
         "max_ram": options.max_ram and parse_size(options.max_ram),
     }
-    if isinstance(options, PlanOptions):
+    if isinstance(options, DeviceOptions):
         given["max_vram"] = options.max_vram and parse_size(options.max_vram)
     if isinstance(options, DataOptions):
         given["max_shard_bytes"] = options.out_shard_size and parse_size(options.out_shard_size)

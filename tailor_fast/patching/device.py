@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tailor_fast._core.errors import UsageError
-from tailor_fast.calibration.moments import CHUNK_TOKENS
+from tailor_fast.calibration.device import passing_bytes
 from tailor_fast.calibration.placing import ON_DEVICE, Placement
 from tailor_fast.calibration.tracing import Lane
 from tailor_fast.calibration.waiting import TOKENS_AT_ONCE
@@ -162,20 +162,20 @@ def waiting_bytes(walk: Walk, cols: int, placement: Placement) -> int:
     return each * (differences * sets + (placement.new_waits and walk.old_samples))
 
 
-def statistics_bytes(walk: Walk, name: str, cols: int, placement: Placement) -> int:
-    """Weights, sums and a batch, while a group's statistics are taken."""
+def statistics_bytes(
+    walk: Walk, name: str, cols: int, placement: Placement, waiting: int = TOKENS_AT_ONCE
+) -> int:
+    """Weights, sums and a batch, while a group's statistics are taken.
+
+    ``waiting`` tokens are put aside until there are enough of them.
+    """
     square, lane = cols * cols * _FP32, walk.lanes.get(name, Lane(0, 0, 0))
     taken = 3 if walk.paired else 1
     if walk.old_samples and not placement.new_waits:
         taken += 1 + (2 if walk.paired and not placement.differences_on_host else 0)
-    sides = 2 if walk.paired else 1
-    counted = lane.tokens * cols * walk.word * sides  # without the padding
-    counted += TOKENS_AT_ONCE * cols * walk.word * sides  # that wait to be enough
-    tokens = min(walk.tokens, max(TOKENS_AT_ONCE, min(lane.tokens, CHUNK_TOKENS)))
-    chunk = tokens * cols * _FP32 if walk.paired else 0
-    running = lane.run + (sides - 1) * lane.stand
-    adding = sides * lane.stand + counted + chunk
-    return walk.weights + walk.inputs + taken * square + max(running, adding)
+    paired = walk.tokens if walk.paired else None
+    passing = passing_bytes(lane, cols, walk.word, waiting, paired)
+    return walk.weights + walk.inputs + taken * square + passing
 
 
 def scores_bytes(walk: Walk, cols: int, placement: Placement) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from tailor_fast._core.machine import naming
+from tailor_fast._core.machine import naming, release_free_memory
 from tailor_fast.calibration.collect import Collector, Streams
 from tailor_fast.calibration.groups import Groups
 from tailor_fast.calibration.lockstep import Lockstep, Site
@@ -41,7 +41,8 @@ class Engine:
         by_block: take all Grams of a block before its first layer is patched (the authors' order).
         old_moments: gives a group's old-task moments where they come from a file.
         progress: called after each site.
-        spill: keeps suspended activations under a budget; None keeps them in memory.
+        spill: keeps suspended activations under a budget, and freed memory with the system; None
+            keeps both.
         placement: where matrices wait.
 
     The processes of ``solver`` walk together, each over its own batches.
@@ -120,6 +121,7 @@ class Engine:
             return None, None
         with self.solver.report.timed("statistics"), naming("statistics", site.modules[0]):
             new, old = self._collector.both(lockstep, site, streams)
+            self._tidy()
         return new, self._old(site.modules, old)
 
     def _old(self, members: Sequence[str], old: Moments | None) -> AnyMoments | None:
@@ -136,6 +138,11 @@ class Engine:
             self.solver.leave(members, "no counted token reaches it")
         else:
             self.solver.solve(members, new, old, note)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self.spill is not None:
+            release_free_memory()
 
     def _score_first(self) -> None:
         """Scores of every layer from the tuned model's inputs, for scopes that span layers."""

@@ -28,7 +28,7 @@ from tailor_fast.patching.ahead import plan_ahead, reading_ahead
 from tailor_fast.patching.asking import run_by_blocks
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
-from tailor_fast.patching.fitting import fit_device, spill_of
+from tailor_fast.patching.fitting import fit_run, spill_of
 from tailor_fast.patching.forgetting import settle_retain_weight
 from tailor_fast.patching.gathered import solve_from_statistics
 from tailor_fast.patching.holding import hold_base
@@ -143,8 +143,7 @@ class Job:
         if with_data:
             data = (self.request.calibration, self.request.retain)
             known = (plan, self.recipe, self._given(), self.request.options, data)
-            fitted = fit_device(sources, *known, self.processes.share, self.report.notes)
-            plan = replace(plan, device=fitted)
+            plan = fit_run(sources, *known, self.processes.share, self.report.notes)
             plan = plan_ahead(sources, plan, self._given(), self.request.options)
         return check_plan(plan, self.request.options, with_data=with_data)
 

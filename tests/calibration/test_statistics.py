@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tailor_fast._core.errors import InputError, OutputError, UsageError
-from tailor_fast.calibration import RunOptions, calibrate
+from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate
 from tailor_fast.calibration.statfile import open_statistics
 from tailor_fast.checkpoint import Checkpoint
 from tailor_fast.patching.checkpoints import patch_checkpoint
 from tailor_fast.patching.recipe import Recipe
 from tests.patching.disk import llama_pair, llava_pair, write_scenes, write_texts
+from tests.simulated import least
 
 OPTIONS = RunOptions(batch_size=4)
 
@@ -101,8 +102,14 @@ def test_images_are_calibrated_too(tmp_path: Path) -> None:
 
 def test_a_budget_does_not_change_the_sums(place: dict[str, Path]) -> None:
     calibrate(place["tuned"], place["new"], place["stats"], options=OPTIONS)
-    tight = RunOptions(batch_size=4, max_ram=0)
-    calibrate(place["tuned"], place["new"], place["old_stats"], options=tight)
+
+    def tight(limit: int) -> CalibrationReport:
+        options = RunOptions(batch_size=4, max_ram=limit)
+        return calibrate(place["tuned"], place["new"], place["old_stats"], options=options)
+
+    needed = least(tight)
+    assert not place["old_stats"].exists()
+    assert tight(needed).planned == needed
     assert place["stats"].read_bytes() == place["old_stats"].read_bytes()
 
 
@@ -206,7 +213,13 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(
         (place["tuned"] / "s.safetensors", OPTIONS, OutputError, "is, or lies in, the input"),
         (Path("/proc/s.safetensors"), OPTIONS, OutputError, "making the lock file is not possible"),
         (place["old_stats"], RunOptions(max_ram=10**18), UsageError, "more than the memory of"),
-        (place["old_stats"], RunOptions(max_vram=1), UsageError, "expected max_vram None, got 1"),
+        (
+            place["old_stats"],
+            RunOptions(max_vram=1),
+            UsageError,
+            "max_vram of 1 bytes is too little",
+        ),
+        (place["old_stats"], RunOptions(max_ram=1), UsageError, "max_ram of 1 bytes is too little"),
     ]
     for out, options, error, sentence in cases:
         with pytest.raises(error, match=sentence):

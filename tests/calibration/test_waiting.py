@@ -51,6 +51,13 @@ def test_every_token_comes_once_and_in_order(batches: list[tuple[int, bool]]) ->
     assert list(held.take()) == []
 
 
+def test_what_was_used_gives_its_room_to_what_comes() -> None:
+    held = Waiting()
+    came = [ours for first in range(6) for ours, _ in held.put(numbered(first, 5), None)]
+    assert [len(ours) for ours in came] == [5] * 5
+    assert len({ours.data_ptr() for ours in came}) == 1
+
+
 def test_moments_do_not_depend_on_how_tokens_come() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, COLS, generator=generator)

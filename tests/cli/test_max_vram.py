@@ -1,4 +1,4 @@
-"""``--max-vram``: what ``plan`` shows of a device, and what is refused."""
+"""``--max-vram``: what ``plan`` and ``calibrate`` show of a device, and what is refused."""
 
 from __future__ import annotations
 
@@ -47,3 +47,26 @@ def test_the_least_is_named_and_enough(
     done = tailor_fast("patch", *arguments, "--max-vram", needed[1], "-q")
     assert done.code == 0, done.err
     assert tailor_fast("verify", tmp_path / "out").code == 0
+
+
+@needs_native
+def test_calibrate_keeps_to_it(
+    tailor_fast: CommandLine, arguments: tuple[object, ...], tmp_path: Path
+) -> None:
+    _, tuned, *_, new = arguments
+    stats = tmp_path / "new.safetensors"
+    command = ("calibrate", tuned, "--data", new, "-o", stats)
+    refused = tailor_fast(*command, "--max-vram", "1KiB")
+    assert refused.code == 2
+    assert "max_vram of 1024 bytes is too little: statistics of model.layers." in refused.err
+    assert "expected at least that, or a smaller batch_size" in refused.err
+    assert not stats.exists()
+    needed = re.search(r" take (\d+);", refused.err)
+    assert needed is not None
+    done = tailor_fast(*command, "--max-vram", needed[1])
+    assert done.code == 0, done.err
+    assert re.search(r"^memory +\S+ \w+ planned", done.out, re.MULTILINE), done.out
+    stats.unlink()
+    plain = tailor_fast(*command)
+    assert plain.code == 0, plain.err
+    assert "planned" not in plain.out

@@ -108,15 +108,16 @@ def test_llava_from_disk_equals_llava_in_memory_and_loads(tmp_path: Path) -> Non
 
 
 def test_half_the_models_size_gives_the_same_bytes(tmp_path: Path) -> None:
-    base, tuned = llama_pair(tmp_path, blocks=20, width=16)
+    base, tuned = llama_pair(tmp_path, blocks=24, width=32)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     data = {
-        "calibration": write_texts(tmp_path / "new.jsonl", count=48),
-        "retain": write_texts(tmp_path / "old.jsonl", count=48, seed=9),
+        "calibration": write_texts(tmp_path / "new.jsonl", count=12),
+        "retain": write_texts(tmp_path / "old.jsonl", count=12, seed=9),
     }
     free, tight = tmp_path / "free", tmp_path / "tight"
-    patch_checkpoint(base, tuned, free, options=OPTIONS, **data)
-    limited = RunOptions(batch_size=4, max_shard_bytes=40_000, max_ram=size // 2)
+    options = replace(OPTIONS, batch_size=1)
+    patch_checkpoint(base, tuned, free, options=options, **data)
+    limited = replace(options, max_ram=size // 2)
     patch_checkpoint(base, tuned, tight, options=limited, **data)
     for path in free.glob("*.safetensors*"):
         assert path.read_bytes() == (tight / path.name).read_bytes()

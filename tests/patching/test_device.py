@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from tailor_fast._core.errors import UsageError
 from tailor_fast._core.machine import naming
 from tailor_fast._core.meter import Meter
-from tailor_fast.calibration import moments, spill
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.placing import Placement
-from tailor_fast.calibration.streamed import StreamedModel
 from tailor_fast.calibration.tracing import trace_lanes
 from tailor_fast.models import Residency
 from tailor_fast.patching import Recipe, patch_checkpoint
@@ -25,6 +22,7 @@ from tailor_fast.patching.device import DevicePlan, Walk, plan_device
 from tests.backends import needs_native
 from tests.models.processors import text_tokenizer
 from tests.patching.disk import llama, llava_pair, moved, save_pair, write_scenes, write_texts
+from tests.simulated import least, simulated
 
 GIB = 1 << 30
 
@@ -94,32 +92,6 @@ def test_the_least_that_a_device_must_have_is_named() -> None:
         plan_device(walk, layers, needed - 1)
 
 
-class Device(Meter):
-    """A device that is not there: counts what the walk makes, but for what waits on the host."""
-
-    def copy_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.forget(tensor.clone())
-
-
-def simulated(monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> int:
-    """Peak of a whole run, between the first lane and the last."""
-    device = Device()
-    monkeypatch.setattr(spill, "copy_to_host", device.copy_to_host)
-    monkeypatch.setattr(moments, "to_host", device.copy_to_host)
-    read = StreamedModel._load
-
-    def load(self: StreamedModel, name: str) -> torch.Tensor | None:
-        tensor = read(self, name)
-        if tensor is not None:
-            device._note(tensor.untyped_storage())  # read by the file's code, not by an op
-        return tensor
-
-    monkeypatch.setattr(StreamedModel, "_load", load)
-    with device:
-        patch_checkpoint(**arguments)
-    return device.peak
-
-
 @needs_native
 @pytest.mark.parametrize(
     ("kind", "recipe", "retains", "limited"),
@@ -160,15 +132,8 @@ def test_a_walk_takes_what_is_planned(
     # Nothing is left for suspended passes then, whose activations are no part of a stage.
     plan, options = planned(least(planned) if limited else plan.largest.bytes)
     assert plan.placement.differences_on_host == limited
-    used = simulated(monkeypatch, **given, options=options)
+    used = simulated(monkeypatch, lambda: patch_checkpoint(**given, options=options))
     assert 0.85 * used <= plan.largest.bytes <= 1.15 * used, (plan.largest, used)
-
-
-def least(planned: Callable[[int], object]) -> int:
-    """Bytes without which no placement fits: what the refusal names."""
-    with pytest.raises(UsageError) as refused:
-        planned(1)
-    return int(str(refused.value).split(" takes ")[1].split(";")[0])
 
 
 def test_no_memory_left_names_the_stage_and_the_layer() -> None:

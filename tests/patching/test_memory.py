@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.pairs import Shape, write_pair
+from tailor_fast._core.errors import UsageError
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.patching import solving
 from tailor_fast.patching.checkpoints import plan_patch
@@ -101,7 +102,8 @@ def test_tensors_that_are_larger_than_the_limit(scope: str, tmp_path: Path) -> N
     )
     assert plan.ram <= 64 * MIB
     used = measured([tiny, pair], options, scope=scope)
-    assert used <= 88 * MIB  # fixed buffers of 16 MiB do not count; a tenth for the heap
+    # Fixed buffers of 16 MiB do not count; a fifth for the heap, which threads under load divide.
+    assert used <= 96 * MIB
     assert 0.85 * used <= plan.ram_peak <= 1.15 * used, (plan.ram_peak / MIB, used / MIB)
 
 
@@ -117,3 +119,29 @@ def test_with_samples(
     plan = plan_patch(pair / "base", pair / "tuned", tmp_path / "x", calibration=pair / "new.jsonl")
     used = measured([tiny, pair], {})
     assert 0.85 * used <= plan.ram_peak <= 1.15 * used, (plan.ram_peak / MIB, used / MIB)
+
+
+def test_what_passes_hold_stays_within_the_limit(tmp_path: Path) -> None:
+    """A batch takes more than the layers do; suspended, all of them take three times as much."""
+    tiny = make(tmp_path / "tiny", TINY, samples=True)
+    pair = make(tmp_path / "pair", Shape(1, 256, 512, 8, 8, 10**9, vocabulary=1000), samples=True)
+    line = json.dumps({"prompt": "a b c d " * 150, "answer": "a b"})
+    (pair / "new.jsonl").write_text(f"{line}\n" * 24)
+
+    def planned(limit: int | None) -> int:
+        return plan_patch(
+            pair / "base",
+            pair / "tuned",
+            tmp_path / "x",
+            calibration=pair / "new.jsonl",
+            options=RunOptions(max_ram=limit),
+        ).ram
+
+    least = planned(None)
+    assert planned(least) == least
+    with pytest.raises(UsageError, match=f"is too little: the largest block and .* take {least}"):
+        planned(least - 1)
+    limit = 60 * MIB
+    assert 40 * MIB < least < limit  # layers alone take 20
+    used = measured([tiny, pair], {"max_ram": limit})
+    assert used <= limit + 60 * MIB  # work buffers do not count
