@@ -93,8 +93,10 @@ def tailor_model(
     Raises:
         InputError: the two models do not match, or activations are not finite.
         PeerError: another process failed.
-        UsageError: the recipe needs data that was not given, or has no use for data that was.
+        UsageError: the recipe needs data that was not given, or has no use for data that was; a
+            model is no module or holds no values; ``torch.inference_mode`` is on.
     """
+    _check_models(base_model=base_model, tuned_model=tuned_model)
     recipe = recipe or Recipe()
     report = Report(recipe.model_dump(), processes=processes.count)
     given = (batches is not None, retain_batches is not None)
@@ -136,6 +138,26 @@ def tailor_model(
         report.seconds["exchange"] = processes.seconds
     report.seconds["total"] = time.perf_counter() - start
     return Tailored(patched, patch, report)
+
+
+def _check_models(**models: object) -> None:
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"{name} must be a torch.nn.Module; got {type(model).__name__}; load it, or give"
+                " paths to tailor_fast.patch_checkpoint"
+            )
+        for key, parameter in model.named_parameters():
+            if parameter.is_meta:
+                raise UsageError(
+                    f"{name}.{key} must hold values; it is on the meta device; load the weights"
+                )
+    # A tensor made in this mode has no version counter, by which in-place changes are told.
+    if torch.is_inference_mode_enabled():
+        raise UsageError(
+            "tailor_model cannot run under torch.inference_mode; call it outside, or under"
+            " torch.no_grad"
+        )
 
 
 def changed_targets(

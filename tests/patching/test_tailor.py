@@ -297,6 +297,25 @@ def test_data_that_does_not_fit_the_recipe_is_refused(recipe, kwargs, message: s
         tailor_model(base, tuned, new, recipe, retain_batches=old)
 
 
+def test_what_is_no_loaded_model_is_refused() -> None:
+    base, tuned = pair(Toy())
+    with pytest.raises(UsageError, match=r"^base_model must be a torch\.nn\.Module; got str; load"):
+        tailor_model("BASE", tuned)
+    with pytest.raises(UsageError, match=r"^tuned_model\.\S+ must hold values; it is on the meta"):
+        tailor_model(base, copy.deepcopy(tuned).to("meta"))
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
+    base, tuned = pair(Toy())
+    with (
+        torch.inference_mode(),
+        pytest.raises(UsageError, match=r"under torch\.inference_mode; call"),
+    ):
+        tailor_model(base, tuned, token_batches())
+    with torch.no_grad():
+        assert tailor_model(base, tuned, token_batches()).patch
+
+
 def test_models_that_do_not_match_are_refused() -> None:
     base, _ = pair(Toy())
     with pytest.raises(InputError, match="in the base model only"):
