@@ -38,6 +38,9 @@ class Processes:
         self.device = torch.device(device)
         self.seconds = 0.0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rank}, {self.count}, {str(self.device)!r})"
+
     def share_of(self, rank: int, size: int) -> slice:
         """The part of ``size`` things in a row that is process ``rank``'s; equal to within one."""
         return slice(size * rank // self.count, size * (rank + 1) // self.count)

@@ -113,6 +113,13 @@ class Recipe(BaseModel):
         return any(int(low) <= block <= int(high or low) for low, _, high in bounds)
 
     @property
+    def selection(self) -> str:
+        """What narrows the layers down, for messages."""
+        given = {name: getattr(self, name) for name in ("targets", "layers", "ignore")}
+        chosen = [f"{name} {value!r}" for name, value in given.items() if value is not None]
+        return ", ".join(chosen) or "no `targets`, `layers` or `ignore`"
+
+    @property
     def settled_retain_weight(self) -> float:
         """``retain_weight`` of a recipe that is run, where it is no longer open."""
         if self.retain_weight is None:

@@ -168,8 +168,8 @@ def open_sources(
             notes += (f"an adapter, merged while it is read: it leaves {count} as they are",)
         if not changed:
             raise UsageError(
-                f"{tuned}: no layer to patch; expected a linear layer that `targets`, `layers` and"
-                " `ignore` leave"
+                f"{tuned}: no layer to patch; expected a linear layer that {recipe.selection}"
+                " leave; `tailor-fast inspect` shows the names"
             )
         before = Hashed(ours, digests=held.digests if held else None)
         after = Hashed(theirs, base=before, shared=theirs.inherited)

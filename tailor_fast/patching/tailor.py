@@ -173,8 +173,8 @@ def changed_targets(
     named = find_targets(tuned, recipe.selects)
     if not named:
         raise UsageError(
-            "no layer to patch: the model has no Linear or Conv1D layer that `targets` and"
-            " `ignore` leave"
+            "no layer to patch: the model has no Linear or Conv1D layer that"
+            f" {recipe.selection} leave; `model.named_modules()` has the names"
         )
     changed = {
         target.name: target

@@ -188,8 +188,10 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(tmp_path: Path) -> 
         patch_checkpoint(base, tuned, tmp_path / "out", calibration=new, options=options)
     with pytest.raises(UsageError, match=r"max_ram of 1\d{18} bytes is more than the memory of"):
         plan_patch(base, tuned, tmp_path / "out", options=RunOptions(max_ram=10**18))
-    with pytest.raises(UsageError, match="no layer to patch"):
-        patch_checkpoint(base, tuned, tmp_path / "out", Recipe(targets="nothing"))
+    with pytest.raises(
+        UsageError, match=r"no layer to .* that targets 'nothing', layers '7' leave"
+    ):
+        patch_checkpoint(base, tuned, tmp_path / "out", Recipe(targets="nothing", layers="7"))
     with pytest.raises(OutputError, match="is, or lies in, the input"):
         patch_checkpoint(base, tuned, tuned)
     (tmp_path / "out").mkdir()
