@@ -26,8 +26,8 @@ from tailor_fast.batch.state import (
     write_text,
 )
 from tailor_fast.checkpoint import Held, open_checkpoint
+from tailor_fast.patching.base_in_memory import kept, room_for_base, too_large
 from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
-from tailor_fast.patching.holding import kept, room_for_base, too_large
 from tailor_fast.patching.plan import PatchPlan
 
 _log = logging.getLogger("tailor_fast")

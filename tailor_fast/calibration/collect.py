@@ -13,7 +13,7 @@ from tailor_fast._core.processes import ALONE, Processes
 from tailor_fast.calibration.groups import Groups
 from tailor_fast.calibration.lockstep import Lane, Lockstep, Site, Stream, run_all
 from tailor_fast.calibration.moments import BatchName, DiagonalSums, Moments, MomentSums
-from tailor_fast.calibration.placing import ON_DEVICE, Placement
+from tailor_fast.calibration.placement import ON_DEVICE, Placement
 from tailor_fast.calibration.statfile import Kind
 from tailor_fast.models import TokenMasks, aligned
 

@@ -17,8 +17,8 @@ from tailor_fast.calibration.options import RunOptions
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Kind
 from tailor_fast.calibration.streamed import run_dtype
+from tailor_fast.calibration.token_buffer import TOKENS_AT_ONCE
 from tailor_fast.calibration.tracing import Lane, trace_lanes
-from tailor_fast.calibration.waiting import TOKENS_AT_ONCE
 from tailor_fast.models import Residency, find_targets
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 
 from tailor_fast._core.errors import InputError
 from tailor_fast._core.processes import Processes
-from tailor_fast.calibration.placing import to_host
-from tailor_fast.calibration.waiting import Waiting
+from tailor_fast.calibration.placement import to_host
+from tailor_fast.calibration.token_buffer import TokenBuffer
 from tailor_fast.ops.gram import (
     accumulate_cross_gram_,
     accumulate_gram_,
@@ -97,7 +97,7 @@ class MomentSums:
     def __init__(self, name: str) -> None:
         self._name = name
         self._tokens = 0
-        self._waiting = Waiting()
+        self._waiting = TokenBuffer()
         self._inputs: _Sums | None = None
         self._target_diag: torch.Tensor | None = None
         self._errors: _Sums | None = None

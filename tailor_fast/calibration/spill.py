@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tailor_fast._core.errors import StorageError
-from tailor_fast.calibration.placing import copy_to_host
+from tailor_fast.calibration.placement import copy_to_host
 
 
 @dataclass

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from tailor_fast._core.errors import UsageError
 from tailor_fast.calibration.device import passing_bytes
-from tailor_fast.calibration.placing import ON_DEVICE, Placement
+from tailor_fast.calibration.placement import ON_DEVICE, Placement
+from tailor_fast.calibration.token_buffer import TOKENS_AT_ONCE
 from tailor_fast.calibration.tracing import Lane
-from tailor_fast.calibration.waiting import TOKENS_AT_ONCE
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.solving import SOLVED_AT_ONCE, rows_at_once
 

@@ -16,7 +16,7 @@ from tailor_fast.calibration.collect import Collector, Streams
 from tailor_fast.calibration.groups import Groups
 from tailor_fast.calibration.lockstep import Lockstep, Site
 from tailor_fast.calibration.moments import Moments
-from tailor_fast.calibration.placing import ON_DEVICE, Placement
+from tailor_fast.calibration.placement import ON_DEVICE, Placement
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.models import blocks_of
 from tailor_fast.patching.solver import AnyMoments, Solver

@@ -13,12 +13,12 @@ import torch
 from tailor_fast._core.machine import hold_to
 from tailor_fast.calibration.data import read_data
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.calibration.placing import ON_DEVICE
+from tailor_fast.calibration.placement import ON_DEVICE
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import is_statistics
 from tailor_fast.calibration.streamed import run_dtype, skeleton_of
+from tailor_fast.calibration.token_buffer import TOKENS_AT_ONCE
 from tailor_fast.calibration.tracing import Lane, trace_lanes
-from tailor_fast.calibration.waiting import TOKENS_AT_ONCE
 from tailor_fast.patching.device import Walk, plan_device, statistics_bytes
 from tailor_fast.patching.inputs import Given
 from tailor_fast.patching.plan import PatchPlan, host_bytes

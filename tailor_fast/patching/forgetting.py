@@ -22,7 +22,7 @@ from tailor_fast._core.processes import Processes
 from tailor_fast.calibration.lockstep import Batch, Stream
 from tailor_fast.models import caller
 from tailor_fast.models.tokens import TOKEN_MASK
-from tailor_fast.patching.asking import ROWS, Run, UnaskableError, asked_at_head, head_of
+from tailor_fast.patching.head_passes import ROWS, Run, UnaskableError, asked_at_head, head_of
 from tailor_fast.patching.recipe import DEFAULT_RETAIN, MEASURED_RETAIN, Recipe
 from tailor_fast.patching.report import Report
 

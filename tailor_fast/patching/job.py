@@ -18,20 +18,20 @@ from tailor_fast.calibration.groups import discover
 from tailor_fast.calibration.lockstep import Batch
 from tailor_fast.calibration.moments import DiagonalMoments, Moments
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.calibration.placing import ON_DEVICE
+from tailor_fast.calibration.placement import ON_DEVICE
 from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.statfile import Statistics, is_statistics, open_statistics
 from tailor_fast.calibration.streamed import StreamedModel, attach, skeleton_of
 from tailor_fast.checkpoint import Held, Layout, Resume, StagedCheckpoint, plan_layout
 from tailor_fast.models import Target, caller
 from tailor_fast.patching.ahead import plan_ahead, reading_ahead
-from tailor_fast.patching.asking import run_by_blocks
+from tailor_fast.patching.base_in_memory import hold_base
 from tailor_fast.patching.datafree import DataFree, copy_rest
 from tailor_fast.patching.engine import Engine
 from tailor_fast.patching.fitting import fit_run, spill_of
 from tailor_fast.patching.forgetting import settle_retain_weight
-from tailor_fast.patching.gathered import solve_from_statistics
-from tailor_fast.patching.holding import hold_base
+from tailor_fast.patching.from_statistics import solve_from_statistics
+from tailor_fast.patching.head_passes import run_by_blocks
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.memory import divide_memory
 from tailor_fast.patching.pipeline import Writer

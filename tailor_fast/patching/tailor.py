@@ -24,9 +24,9 @@ from tailor_fast.models import (
     weight_view,
 )
 from tailor_fast.ops.codec import EncodedPatch, encode_patch
-from tailor_fast.patching.asking import run_in_memory
 from tailor_fast.patching.engine import Engine, Progress, silent
 from tailor_fast.patching.forgetting import settle_retain_weight
+from tailor_fast.patching.head_passes import run_in_memory
 from tailor_fast.patching.inputs import Given, resolve
 from tailor_fast.patching.layers import LayerPair
 from tailor_fast.patching.recipe import Recipe

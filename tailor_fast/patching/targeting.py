@@ -29,7 +29,7 @@ from tailor_fast.checkpoint import Hashed, Layout, StagedCheckpoint, open_checkp
 from tailor_fast.checkpoint.leftovers import remove
 from tailor_fast.checkpoint.staging import Staging
 from tailor_fast.patching.grid import GridJob, choices_of, front_of
-from tailor_fast.patching.heldback import Answers, HeldBack
+from tailor_fast.patching.held_out import Answers, HeldOut
 from tailor_fast.patching.job import Request
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Found, Point, Report, Tried
@@ -201,8 +201,8 @@ class _Search:
     layout: Layout
     tuned: StreamedModel
     base: StreamedModel
-    new: HeldBack
-    old: HeldBack
+    new: HeldOut
+    old: HeldOut
     told: Progress
     scratch: Path  # where models are made
     points: list[Point] = field(default_factory=list)
@@ -227,7 +227,7 @@ class _Search:
             base = StreamedModel(sources.base, sources.keys, device)
             processor = sources.tuned.checkpoint.processor_directory or request.tuned
             new, old = (
-                HeldBack(Path(str(path)), processor, model, request.options, beside)
+                HeldOut(Path(str(path)), processor, model, request.options, beside)
                 for path, model in ((request.calibration, tuned), (request.retain, base))
             )
             yield _Search(fitted, job, sources, layout, tuned, base, new, old, told, scratch.path)

@@ -11,7 +11,7 @@ import pytest
 from tailor_fast.batch import JobSpec, JobState, plan_batch, run_batch, runner
 from tailor_fast.calibration.options import RunOptions
 from tailor_fast.checkpoint import open_checkpoint, shown_size
-from tailor_fast.patching import holding
+from tailor_fast.patching import base_in_memory
 from tailor_fast.patching.checkpoints import patch_checkpoint, plan_patch
 from tailor_fast.patching.recipe import Recipe
 from tests.batch.test_runner import models as models
@@ -171,9 +171,9 @@ def test_half_of_what_is_left(
 ) -> None:
     plan = plan_patch(models / "base", models / "tuned", tmp_path / "out")
     plan = replace(plan, ram_weights=GIB, ram_solve=0)
-    monkeypatch.setattr(holding, "memory", lambda: (plan.ram_peak + 4 * GIB, 64 * GIB))
-    assert holding.room_for_base(plan, RunOptions()) == 2 * GIB
-    assert holding.room_for_base(plan, RunOptions(), held=2 * GIB) == 3 * GIB
-    assert holding.room_for_base(plan, RunOptions(max_ram=3 * GIB)) == GIB
-    monkeypatch.setattr(holding, "memory", lambda: (0, 64 * GIB))
-    assert holding.room_for_base(plan, RunOptions()) == 0
+    monkeypatch.setattr(base_in_memory, "memory", lambda: (plan.ram_peak + 4 * GIB, 64 * GIB))
+    assert base_in_memory.room_for_base(plan, RunOptions()) == 2 * GIB
+    assert base_in_memory.room_for_base(plan, RunOptions(), held=2 * GIB) == 3 * GIB
+    assert base_in_memory.room_for_base(plan, RunOptions(max_ram=3 * GIB)) == GIB
+    monkeypatch.setattr(base_in_memory, "memory", lambda: (0, 64 * GIB))
+    assert base_in_memory.room_for_base(plan, RunOptions()) == 0

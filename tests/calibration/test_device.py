@@ -14,8 +14,8 @@ from tailor_fast._core.errors import UsageError
 from tailor_fast.calibration import CalibrationReport, RunOptions, calibrate
 from tailor_fast.calibration.collect import Collector
 from tailor_fast.calibration.device import PassPlanner, Room, input_columns
+from tailor_fast.calibration.token_buffer import TOKENS_AT_ONCE
 from tailor_fast.calibration.tracing import trace_lanes
-from tailor_fast.calibration.waiting import TOKENS_AT_ONCE
 from tests.backends import needs_native
 from tests.models.processors import text_tokenizer
 from tests.patching.disk import (

@@ -13,7 +13,7 @@ from tailor_fast._core.errors import UsageError
 from tailor_fast._core.machine import naming
 from tailor_fast._core.meter import Meter
 from tailor_fast.calibration.options import RunOptions
-from tailor_fast.calibration.placing import Placement
+from tailor_fast.calibration.placement import Placement
 from tailor_fast.calibration.tracing import trace_lanes
 from tailor_fast.models import Residency
 from tailor_fast.patching import Recipe, patch_checkpoint

@@ -18,8 +18,8 @@ from tailor_fast.calibration.prepared import save_batches
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
 from tailor_fast.patching import Recipe, patch_checkpoint, plan_patch, tailor_model
-from tailor_fast.patching.asking import run_in_memory
 from tailor_fast.patching.forgetting import settle_retain_weight
+from tailor_fast.patching.head_passes import run_in_memory
 from tailor_fast.patching.recipe import DEFAULT_RETAIN, MEASURED_RETAIN
 from tailor_fast.patching.report import Report
 from tests.models.processors import t5, text_tokenizer

@@ -77,10 +77,11 @@ def test_without_data(tmp_path: Path) -> None:
     pair = make(
         tmp_path / "pair", Shape(5, 1024, 2816, 16, 16, 10**9, vocabulary=8000), samples=False
     )
-    options = {"max_ram": 128 * MIB}
+    options: dict[str, Any] = {"max_ram": 128 * MIB}
     plan = plan_patch(pair / "base", pair / "tuned", tmp_path / "x", options=RunOptions(**options))
     assert plan.ram <= 128 * MIB
-    used = measured([tiny, pair], options)
+    # Where the machine is busy the ring may never be full: the larger of two runs counts.
+    used = max(measured([tiny, pair], options | {"overwrite": True}) for _ in range(2))
     assert used <= 144 * MIB  # fixed buffers do not count
     assert 0.85 * used <= plan.ram_peak <= 1.15 * used, (plan.ram_peak / MIB, used / MIB)
 

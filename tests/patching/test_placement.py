@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tailor_fast.calibration.moments import Moments
-from tailor_fast.calibration.waiting import Waiting
+from tailor_fast.calibration.token_buffer import TokenBuffer
 from tailor_fast.ops.decorate.factors import pack
 from tailor_fast.patching import equations, solving
 from tailor_fast.patching.equations import Equations, Layer
@@ -80,6 +80,6 @@ def test_a_factor(known: bool) -> None:
 
 
 def test_tokens_that_wait() -> None:
-    waiting = Waiting()
+    waiting = TokenBuffer()
     assert list(waiting.put(there(100, 64), there(100, 64))) == []
     assert {part.device for pair in waiting.take() for part in pair if part is not None} == {CARD}

@@ -29,7 +29,7 @@ from tailor_fast.checkpoint import (
 from tailor_fast.checkpoint.staging import Staging
 from tailor_fast.models import map_keys
 from tailor_fast.patching import targeting
-from tailor_fast.patching.heldback import Answers, HeldBack
+from tailor_fast.patching.held_out import Answers, HeldOut
 from tailor_fast.patching.job import Request
 from tailor_fast.patching.recipe import Recipe
 from tailor_fast.patching.report import Found, Point, Tried
@@ -136,7 +136,7 @@ def asked(place: Path, data: Path, model: Path) -> Answers:
         source = Hashed(file)
         keys = map_keys(skeleton_of(source), file.tensors, str(model))
         streamed = StreamedModel(source, keys, torch.device("cpu"))
-        return HeldBack(data, place / "tuned", streamed, OPTIONS, place).ask(streamed)
+        return HeldOut(data, place / "tuned", streamed, OPTIONS, place).ask(streamed)
 
 
 def test_the_report_says_what_was_found(made: tuple[Path, Found]) -> None:

@@ -30,7 +30,7 @@ from tailor_fast.calibration.spill import ActivationSpill
 from tailor_fast.calibration.streamed import StreamedModel, attach, run_dtype
 from tailor_fast.models import Residency, caller, find_targets
 from tailor_fast.models.tokens import TOKEN_MASK
-from tailor_fast.patching.asking import (
+from tailor_fast.patching.head_passes import (
     ROWS,
     UnaskableError,
     asked_at_head,
@@ -40,7 +40,7 @@ from tailor_fast.patching.asking import (
 )
 
 
-class HeldBack:
+class HeldOut:
     """The samples of one data file that are held back, ready to be asked.
 
     Args:

@@ -24,7 +24,7 @@ from tailor_fast.checkpoint import Checkpoint, Hashed, open_checkpoint
 from tailor_fast.models import map_keys
 from tailor_fast.models.inputs import load_processor, make_batches
 from tailor_fast.models.samples import read_samples
-from tailor_fast.patching.heldback import Answers, HeldBack
+from tailor_fast.patching.held_out import Answers, HeldOut
 from tests.models.processors import t5, text_tokenizer
 from tests.patching.disk import llama_pair, llava_pair, write_scenes, write_texts
 
@@ -42,7 +42,7 @@ def ask(
         return StreamedModel(source, keys, torch.device("cpu"))
 
     with open_checkpoint(model) as one, open_checkpoint(other or model) as two:
-        held = HeldBack(data, model, opened(one), options, data.parent)
+        held = HeldOut(data, model, opened(one), options, data.parent)
         answers = [held.ask(opened(file)).right for file in (one, two)]
         assert held.samples == len(answers[0])
         return answers[1]

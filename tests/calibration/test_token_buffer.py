@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailor_fast.calibration import waiting
+from tailor_fast.calibration import token_buffer
 from tailor_fast.calibration.moments import MomentSums
-from tailor_fast.calibration.waiting import Waiting
+from tailor_fast.calibration.token_buffer import TokenBuffer
 from tailor_fast.testing import assert_within
 
 COLS = 3
@@ -20,7 +20,7 @@ AT_ONCE = 8
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "TOKENS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(token_buffer, "TOKENS_AT_ONCE", AT_ONCE)
 
 
 def numbered(first: int, count: int) -> torch.Tensor:
@@ -31,8 +31,8 @@ def numbered(first: int, count: int) -> torch.Tensor:
 @given(st.lists(st.tuples(st.integers(0, 2 * AT_ONCE), st.booleans()), max_size=12))
 def test_every_token_comes_once_and_in_order(batches: list[tuple[int, bool]]) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(waiting, "TOKENS_AT_ONCE", AT_ONCE)
-        held, given_, came, first = Waiting(), [], [], 0
+        patched.setattr(token_buffer, "TOKENS_AT_ONCE", AT_ONCE)
+        held, given_, came, first = TokenBuffer(), [], [], 0
         for count, paired in batches:
             x = numbered(first, count)
             other = -x if paired else None
@@ -52,7 +52,7 @@ def test_every_token_comes_once_and_in_order(batches: list[tuple[int, bool]]) ->
 
 
 def test_what_was_used_gives_its_room_to_what_comes() -> None:
-    held = Waiting()
+    held = TokenBuffer()
     came = [ours for first in range(6) for ours, _ in held.put(numbered(first, 5), None)]
     assert [len(ours) for ours in came] == [5] * 5
     assert len({ours.data_ptr() for ours in came}) == 1

@@ -12,7 +12,7 @@ TOKENS_AT_ONCE = 2048
 Tokens = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class Waiting:
+class TokenBuffer:
     """Counted tokens of one stream, or of two side by side, until there are enough of them.
 
     They are copied: the activations that they come from may leave memory meanwhile.
