@@ -4,6 +4,9 @@ A process of its own, with whichever triton comes first on its path: where tests
 are interpreted, and an interpreted kernel cannot be compiled.
 
     python -m tests.ops.aot tailor_fast.ops.gram.triton
+
+Each kernel has one form more, whose integers are 1: a launch makes these constants of the compiler,
+which have no methods; the interpreter does not.
 """
 
 import importlib
@@ -14,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,28 @@ def compile_form(form: KernelForm, capability: int) -> dict[str, Any]:
 @cache
 def forms(module: str) -> tuple[KernelForm, ...]:
     """The forms that a module names; a forked process has them already."""
-    return importlib.import_module(module).kernels()
+    named: tuple[KernelForm, ...] = importlib.import_module(module).kernels()
+    first = {form.kernel.__name__: form for form in reversed(named)}
+    return named + tuple(filter(None, map(of_ones, first.values())))
+
+
+def of_ones(form: KernelForm) -> KernelForm | None:
+    """The form as it is compiled where every integer is 1; None where that changes nothing."""
+    fixed = {param.name for param in form.kernel.params if param.do_not_specialize}
+    integers = {
+        name
+        for name, kind in form.signature.items()
+        if kind in ("i32", "i64") and name not in fixed
+    }
+    if not integers:
+        return None
+    return replace(
+        form,
+        name=f"{form.name}, integers 1",
+        signature={name: kind for name, kind in form.signature.items() if name not in integers},
+        constexprs={**form.constexprs, **dict.fromkeys(integers, 1)},
+        aligned=form.aligned - integers,
+    )
 
 
 def described(module: str, task: tuple[int, int]) -> dict[str, Any]:

@@ -40,6 +40,12 @@ def far_kernel(x, stride, rows, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noq
 
 
 @triton.jit
+def method_kernel(x, at):
+    """Asks an argument for what a constant does not have."""
+    tl.store(x + at.to(tl.int64), 0.0)
+
+
+@triton.jit
 def broken_kernel(x):
     """Arithmetic between a pointer and a float."""
     tl.store(x, x * 0.5)
@@ -65,6 +71,7 @@ def kernels() -> tuple[KernelForm, ...]:
         ),
         KernelForm("near", far_kernel, FAR, {"WIDE": False, "BLOCK": 64}, Launch(4)),
         KernelForm("far", far_kernel, FAR, {"WIDE": True, "BLOCK": 64}, Launch(4)),
+        KernelForm("method", method_kernel, {"x": "*fp32", "at": "i32"}, {}, Launch(4)),
         KernelForm("broken", broken_kernel, {"x": "*fp32"}, {}, Launch(4)),
         KernelForm("misdescribed", broken_kernel, {"z": "*fp32"}, {}, Launch(4)),
     )
