@@ -96,8 +96,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run, write."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = parser()
-    options = parsed.parse_args(arguments)
+    options = parsed.parse_args(given)
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parsed.error("torch sees no CUDA device; --variant dry-run --device cpu tries every step")
     chosen = protocols(options.variant, options.device)
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = Runner(options.work, store, say, chosen, LargeBench).run(plan)
     print(report.text(report.summarise(cells)))
     if options.out is not None:
-        command = shlex.join(["python", "-m", "benchmarks.quality.large", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "benchmarks.quality.large", *given])
         write(cells, options.out, f"{command}; {device_name(options.device)}", code)
         say(f"the table is in {options.out}")
 

@@ -155,7 +155,7 @@ def test_the_command_writes_a_table_and_goes_on(
         for row in ("base", "tuned", "default")
     ]
     first = table.read_text().splitlines()[0]
-    assert first.startswith("# python -m benchmarks.quality.large ")
+    assert first.startswith("# python -m benchmarks.quality.large --variant dry-run --device cpu ")
     assert "; cpu; commit " in first
     kept = (tmp_path / "dry-run-cells.csv").read_bytes()
     command.main(asked)
