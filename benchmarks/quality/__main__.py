@@ -7,8 +7,6 @@ on where it ended, and one row can be measured alone:
 """
 
 import argparse
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 from benchmarks.quality import report
 from benchmarks.quality.cells import Store, code_version
+from benchmarks.quality.commands import command_line
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.rows import ROWS
 from benchmarks.quality.runner import Plan, Runner
@@ -79,8 +78,7 @@ def main() -> None:
     summary = report.summarise(cells)
     print(report.text(summary))
     if arguments.out is not None:
-        command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
-        report.write(cells, arguments.out, command)
+        report.write(cells, arguments.out, command_line("benchmarks.quality"))
         say(f"tables are in {arguments.out}")
 
 

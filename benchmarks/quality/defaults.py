@@ -4,9 +4,6 @@ All on validation scenes: this is what defaults are chosen from. What was measur
 work folder, by checkpoints and code, and not measured again.
 """
 
-import argparse
-import csv
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,19 +22,12 @@ from benchmarks.quality import (
 )
 from benchmarks.quality.baselines import State
 from benchmarks.quality.bench import Bench, labelled
-from benchmarks.quality.cells import (
-    COLUMNS,
-    Cell,
-    Key,
-    Store,
-    from_line,
-    read,
-    to_line,
-)
+from benchmarks.quality.cells import Cell, Key, Store
 from benchmarks.quality.choices import CHOICES, Choice, row, setting
+from benchmarks.quality.commands import fill_table
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.training import Report
-from benchmarks.results import ROOT, machine
+from benchmarks.results import ROOT
 from tailor_fast import Recipe, tailor_model
 
 OUT = ROOT / "results" / "quality" / "defaults.csv"
@@ -91,38 +81,5 @@ def _maker(found: Bench, choice: Choice, retain: bool, seed: int) -> Callable[[]
     return lambda: _tailored(found, choice, retain, seed)
 
 
-def save(cells: Sequence[Cell], path: Path, command: str) -> None:
-    """Write a line for each cell below a remark that names what made them."""
-    facts = "; ".join(f"{name} {value}" for name, value in machine().items())
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {command}; {facts}\n")
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(to_line(cell, code_version()) for cell in cells)
-
-
-def load(path: Path) -> list[Cell]:
-    """Read them back."""
-    return [from_line(line) for line in read(path)]
-
-
-def main() -> None:
-    """Parse the command line, run, write the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.defaults")
-    parser.add_argument("--work", type=Path, default=Path("build/quality"))
-    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    store = Store(arguments.work / "defaults-cells.csv", code_version(), machine()["commit"])
-    cells = list(run(arguments.work, arguments.protocols, arguments.seeds, store))
-    save(
-        cells,
-        arguments.out,
-        shlex.join(["python", "-m", "benchmarks.quality.defaults", *sys.argv[1:]]),
-    )
-
-
 if __name__ == "__main__":
-    main()
+    fill_table("defaults", OUT, code_version(), run)

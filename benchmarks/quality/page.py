@@ -17,6 +17,7 @@ from benchmarks.quality import (
     tried,
     tried_table,
 )
+from benchmarks.quality.commands import read_cells
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.report import Line, Spread
 from benchmarks.quality.rows import ROWS
@@ -177,7 +178,7 @@ def _sequence(path: Path) -> str:
 def _defaults(path: Path) -> str:
     if not path.exists():
         return "Not measured yet."
-    cells = defaults.load(path)
+    cells = read_cells(path)
     return "\n\n".join(
         f"### {title}\n\n{defaults_table.table(cells, retain)}"
         for title, retain in (("With old data", True), ("New data only", False))
@@ -191,7 +192,7 @@ def _target(path: Path) -> str:
 def _tried(path: Path) -> tuple[str, str]:
     if not path.exists():
         return ("Not measured yet.",) * 2
-    found = tried.load(path)
+    found = read_cells(path)
     return tried_table.table(found), tried_table.factors(found)
 
 

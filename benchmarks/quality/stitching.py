@@ -7,9 +7,7 @@ solve. Every method chooses its setting on validation scenes; test scenes see th
 import argparse
 import csv
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -18,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from benchmarks.quality.commands import command_line
 from benchmarks.quality.report import Spread
 from benchmarks.quality.scenes import OLD_TASKS
 from benchmarks.quality.stitching_rows import DENSITIES, GROUPS, ROWS, Bench, Row
@@ -209,7 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="table; default: the committed one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    command = shlex.join(["python", "-m", "benchmarks.quality.stitching", *sys.argv[1:]])
+    command = command_line("benchmarks.quality.stitching")
     out = arguments.out or OUT[arguments.tasks]
     for seed in arguments.seeds:
         lines = run(arguments.work, arguments.tasks, seed, arguments.rows)

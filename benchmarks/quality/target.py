@@ -7,8 +7,6 @@ not measured again, as long as the checkpoints are the same.
 
 import argparse
 import csv
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,7 @@ import torch
 from benchmarks.quality import scenes, tinyllava
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.cells import read
+from benchmarks.quality.commands import command_line
 from benchmarks.quality.evaluation import Scores
 from benchmarks.quality.protocols import PROTOCOLS
 from benchmarks.quality.training import Report
@@ -207,7 +206,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     known = list(read(arguments.out)) if arguments.out.exists() else []
-    command = shlex.join(["python", "-m", "benchmarks.quality.target", *sys.argv[1:]])
+    command = command_line("benchmarks.quality.target")
     rows: list[dict[str, str]] = []
     which = (arguments.protocols, arguments.seeds, arguments.samples)
     for row in run(arguments.work, *which, known):

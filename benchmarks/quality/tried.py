@@ -4,10 +4,7 @@ With old data, at the density of the goals, on validation scenes. What is not in
 put into it for the run alone. What was measured is kept in the work folder and not measured again.
 """
 
-import argparse
-import csv
 import math
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +28,11 @@ from benchmarks.quality import (
 )
 from benchmarks.quality.baselines import State
 from benchmarks.quality.bench import Bench, labelled
-from benchmarks.quality.cells import COLUMNS, Cell, Key, Store, from_line, read, to_line
+from benchmarks.quality.cells import Cell, Key, Store
+from benchmarks.quality.commands import fill_table
 from benchmarks.quality.protocols import NEW_SAMPLES, PROTOCOLS
 from benchmarks.quality.training import Report
-from benchmarks.results import ROOT, machine
+from benchmarks.results import ROOT
 from tailor_fast import Recipe, Tailored, tailor_model
 from tailor_fast.patching import forgetting, refit, solving
 from tailor_fast.patching.report import LinearReport
@@ -180,35 +178,5 @@ def run(
                 yield cell
 
 
-def save(cells: Sequence[Cell], path: Path, command: str) -> None:
-    """Write a line for each cell below a remark that names what made them."""
-    facts = "; ".join(f"{name} {value}" for name, value in machine().items())
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {command}; {facts}\n")
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(to_line(cell, code_version()) for cell in cells)
-
-
-def load(path: Path) -> list[Cell]:
-    """Read them back."""
-    return [from_line(line) for line in read(path)]
-
-
-def main() -> None:
-    """Parse the command line, run, write the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.tried")
-    parser.add_argument("--work", type=Path, default=Path("build/quality"))
-    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    store = Store(arguments.work / "tried-cells.csv", code_version(), machine()["commit"])
-    cells = list(run(arguments.work, arguments.protocols, arguments.seeds, store))
-    command = shlex.join(["python", "-m", "benchmarks.quality.tried", *sys.argv[1:]])
-    save(cells, arguments.out, command)
-
-
 if __name__ == "__main__":
-    main()
+    fill_table("tried", OUT, code_version(), run)

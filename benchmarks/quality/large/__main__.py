@@ -5,9 +5,6 @@ measured is kept in the work folder, so that a stopped run goes on where it ende
 """
 
 import argparse
-import csv
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import report, sources
-from benchmarks.quality.cells import COLUMNS, Cell, Store, code_version, to_line
+from benchmarks.quality.cells import Store, code_version
+from benchmarks.quality.commands import command_line, write_cells
 from benchmarks.quality.large import bench as large_bench
 from benchmarks.quality.large import model, scenes
 from benchmarks.quality.large.bench import LargeBench
@@ -96,9 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run, write."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = parser()
-    options = parsed.parse_args(given)
+    options = parsed.parse_args(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parsed.error("torch sees no CUDA device; --variant dry-run --device cpu tries every step")
     chosen = protocols(options.variant, options.device)
@@ -113,25 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = Runner(options.work, store, say, chosen, LargeBench).run(plan)
     print(report.text(report.summarise(cells)))
     if options.out is not None:
-        command = shlex.join(["python", "-m", "benchmarks.quality.large", *given])
-        write(cells, options.out, f"{command}; {device_name(options.device)}", code)
+        command = command_line("benchmarks.quality.large", arguments)
+        write_cells(cells, options.out, f"{command}; {device_name(options.device)}", code)
         say(f"the table is in {options.out}")
 
 
 def device_name(device: torch.device) -> str:
     """Return what the device calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def write(cells: Sequence[Cell], path: Path, remark: str, code: str) -> None:
-    """Write the test cells, with a first line that says how they were made."""
-    facts = "; ".join(f"{name} {value}" for name, value in machine().items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {remark}; {facts}\n")
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(to_line(cell, code) for cell in cells)
 
 
 if __name__ == "__main__":

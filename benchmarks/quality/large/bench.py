@@ -41,7 +41,7 @@ class LargeBench(Bench):
         self.old_batches = [
             self._encoded(task, "train", OLD_SAMPLES_PER_TASK, seed) for task in self.old_tasks
         ]
-        self._asked: dict[Split, dict[str, Batch]] = {}
+        self._questions = {}
 
     def input_norms(self) -> Mapping[str, torch.Tensor]:
         """As ``Bench.input_norms``, on the CPU."""
@@ -57,18 +57,12 @@ class LargeBench(Bench):
 
     def scores(self, state: State, split: Split) -> Scores:
         """Ask every task's questions of one split."""
-        if split not in self._asked:
-            self._asked[split] = {
+        if split not in self._questions:
+            self._questions[split] = {
                 task: self._encoded(task, split, PROMPTS[split], _SEEDS[split])
                 for task in (*self.old_tasks, self.new_task)
             }
-        self._scratch.load_state_dict(state)
-        right = {
-            task: 100.0 * self.family.right(self._scratch, batch).double().mean().item()
-            for task, batch in self._asked[split].items()
-        }
-        new = right.pop(self.new_task)
-        return Scores(right, new)
+        return super().scores(state, split)
 
     def _encoded(self, task: str, split: Split, count: int, seed: int) -> Batch:
         return encode([scenes.draw(task, split, count, seed)], self._device)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.quality import bench, defaults, defaults_table
 from benchmarks.quality.cells import Cell, Key, Store
 from benchmarks.quality.choices import CHOICES, DEFAULTS, Choice, row, setting
+from benchmarks.quality.commands import read_cells, write_cells
 from benchmarks.quality.evaluation import Scores
 from benchmarks.quality.protocols import PROTOCOLS, Protocol
 from benchmarks.quality.scenes import OLD_TASKS
@@ -79,8 +80,8 @@ def test_a_run_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(defaults, "Bench", None)  # nothing is left to measure
     again = list(defaults.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), quiet))
     assert again == cells
-    defaults.save(cells, tmp_path / "table.csv", "one command")
-    assert defaults.load(tmp_path / "table.csv") == cells
+    write_cells(cells, tmp_path / "table.csv", "one command", "code")
+    assert read_cells(tmp_path / "table.csv") == cells
     assert (tmp_path / "table.csv").read_text().startswith("# one command; commit ")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.quality import bench, exchanges, tried, tried_table
 from benchmarks.quality.cells import Cell, Key, Store
+from benchmarks.quality.commands import read_cells, write_cells
 from benchmarks.quality.evaluation import Scores
 from benchmarks.quality.protocols import PROTOCOLS, Protocol
 from benchmarks.quality.scenes import OLD_TASKS
@@ -173,5 +174,5 @@ def test_a_run_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tried, "Bench", None)  # nothing is left to measure
     assert list(tried.run(tmp_path, ["quick"], [0], Store(path, "code", "c0ffee"), quiet)) == cells
-    tried.save(cells, tmp_path / "table.csv", "one command")
-    assert tried.load(tmp_path / "table.csv") == cells
+    write_cells(cells, tmp_path / "table.csv", "one command", "code")
+    assert read_cells(tmp_path / "table.csv") == cells
